@@ -1,0 +1,178 @@
+"""What an experiment of MoCo is, as frozen typed dataclasses with defaults.
+
+The defaults are MoCo v2's (arXiv 2003.04297); presets in configs/ override them. Fields use the papers' words.
+"""
+
+import dataclasses
+import enum
+
+
+class Where(enum.Enum):
+    """Where views are made from the stored images."""
+
+    beam = "beam"  # all views come from ViewAugmenter; epoch e uses pair e modulo pairs_per_image
+    trainer = "trainer"  # ViewAugmenter writes stored images only; the trainer's tf.data makes pair e in epoch e
+    both = "both"  # stored pairs first; once they are used up, the trainer makes new ones
+
+
+class RecipeOrder(enum.Enum):
+    """The order in which a recipe applies its operations (main_moco.py)."""
+
+    v1 = "v1"  # crop, grayscale, jitter, flip
+    v2 = "v2"  # crop, jitter, grayscale, blur, flip
+
+
+class Head(enum.Enum):
+    """Projection head: v1 is one linear layer, v2 is linear, ReLU, linear."""
+
+    v1 = "v1"
+    v2 = "v2"
+
+
+class Stem(enum.Enum):
+    """First layers of the ResNet."""
+
+    imagenet = "imagenet"  # 7x7 stride 2, then 3x3 max pooling stride 2
+    cifar = "cifar"  # 3x3 stride 1, no pooling
+
+
+class Schedule(enum.Enum):
+    """Learning-rate schedule, stepped once an epoch as the authors do."""
+
+    cosine = "cosine"
+    step = "step"
+
+
+class Precision(enum.Enum):
+    """Type of the activations; parameters, BN statistics and the loss are always float32."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+class KeyBnMode(enum.Enum):
+    """How the key encoder's batch normalisation is kept from seeing the query's batch (arXiv 1911.05722, 3.3)."""
+
+    cross_replica_sum = "cross_replica_sum"  # a permutation of the global batch, moved by a sum over the replicas
+    none = "none"  # no shuffling; leaks, for experiments
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageConfig:
+    """Geometry of the stored image and of the encoder's input, in pixels.
+
+    Attributes:
+        storage_size: shorter side of the stored image; the aspect ratio is kept up to max_aspect.
+        max_aspect: a longer image is cropped at its centre to this ratio of sides.
+        eval_resize: shorter side to which an image is resized before the centre crop of `augment.size`
+            when it is embedded (evaluation, serving). 0 means augment.size * 256 / 224, as is usual.
+    """
+
+    storage_size: int = 256
+    max_aspect: float = 4.0
+    eval_resize: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class AugmentConfig:
+    """The recipe of the views (main_moco.py, arXiv 2003.04297).
+
+    Attributes:
+        size: side of a view in pixels; at most image.storage_size.
+        order: order of the operations, see RecipeOrder.
+        crop_scale_min, crop_scale_max: share of the image's area that a random resized crop keeps.
+        crop_ratio_min, crop_ratio_max: aspect ratio of the crop, width over height, drawn log-uniformly.
+        brightness, contrast, saturation, hue: jitter strengths in torchvision's sense: the factor is uniform in
+            [1 - s, 1 + s], the hue shift uniform in [-hue, hue] turns. The four are applied in a random order.
+        jitter_probability, gray_probability, blur_probability, flip_probability: chance of each operation.
+        blur_sigma_min, blur_sigma_max: standard deviation of the Gaussian blur, in pixels of the view.
+        pairs_per_image: pairs of views that ViewAugmenter stores for each training image.
+        where: see Where.
+    """
+
+    size: int = 224
+    order: RecipeOrder = RecipeOrder.v2
+    crop_scale_min: float = 0.2
+    crop_scale_max: float = 1.0
+    crop_ratio_min: float = 3 / 4
+    crop_ratio_max: float = 4 / 3
+    brightness: float = 0.4
+    contrast: float = 0.4
+    saturation: float = 0.4
+    hue: float = 0.1
+    jitter_probability: float = 0.8
+    gray_probability: float = 0.2
+    blur_probability: float = 0.5
+    blur_sigma_min: float = 0.1
+    blur_sigma_max: float = 2.0
+    flip_probability: float = 0.5
+    pairs_per_image: int = 4
+    where: Where = Where.beam
+
+
+@dataclasses.dataclass(frozen=True)
+class EncoderConfig:
+    """Architecture of f_q and f_k.
+
+    Attributes:
+        name: resnet18, resnet34, resnet50 or resnet101.
+        stem: first layers.
+        width: channels of the first stage (64 in the paper).
+        head: projection head.
+        dim: size of an embedding that the loss sees (128 in the paper).
+    """
+
+    name: str = "resnet50"
+    stem: Stem = Stem.imagenet
+    width: int = 64
+    head: Head = Head.v2
+    dim: int = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class KeyBnConfig:
+    """Batch normalisation of the key encoder.
+
+    Attributes:
+        mode: see KeyBnMode.
+    """
+
+    mode: KeyBnMode = KeyBnMode.cross_replica_sum
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """The MoCo step and its loop (arXiv 1911.05722, 2003.04297; main_moco.py).
+
+    Attributes:
+        replicas: cores that share a global batch; on one machine, logical CPU devices.
+        global_batch: images in one step over all replicas.
+        epochs: passes over the training images.
+        queue: keys kept as negatives (K); any number not below global_batch.
+        momentum: of the key encoder (m).
+        temperature: of the softmax (T).
+        learning_rate: at the given global batch, before the schedule.
+        schedule: see Schedule.
+        milestones: epochs at which the step schedule multiplies the rate by 0.1.
+        sgd_momentum, weight_decay: of SGD; the decay covers every query parameter.
+        precision: see Precision.
+        key_bn: see KeyBnConfig.
+        checkpoint_seconds: time between two periodic checkpoints; one is also written at the end.
+        log_steps: steps between two TensorBoard points.
+    """
+
+    replicas: int = 2
+    global_batch: int = 256
+    epochs: int = 200
+    queue: int = 65536
+    momentum: float = 0.999
+    temperature: float = 0.2
+    learning_rate: float = 0.03
+    schedule: Schedule = Schedule.cosine
+    milestones: tuple[int, ...] = (120, 160)
+    sgd_momentum: float = 0.9
+    weight_decay: float = 1e-4
+    precision: Precision = Precision.float32
+    key_bn: KeyBnConfig = KeyBnConfig()
+    checkpoint_seconds: float = 60.0
+    log_steps: int = 10
