@@ -1,0 +1,33 @@
+"""Which model a candidate is compared with."""
+
+from ml_metadata import MetadataStore
+from tfx import types
+from tfx.dsl.components.common import resolver
+from tfx.dsl.input_resolution.strategies.latest_blessed_model_strategy import LatestBlessedModelStrategy
+
+CANDIDATE = "candidate"
+
+
+class LatestOtherBlessedModelStrategy(resolver.ResolverStrategy):
+    """Resolves the latest blessed model that is not the candidate itself.
+
+    With TFX's LatestBlessedModelStrategy a repeated run would find its own model as the baseline: the inputs of the
+    Evaluator would differ from those of the first run, so the cache would miss and the same model be pushed twice.
+    """
+
+    def resolve_artifacts(
+        self, store: MetadataStore, input_dict: dict[str, list[types.Artifact]]
+    ) -> dict[str, list[types.Artifact]] | None:
+        """Resolves by TFX's strategy, after taking the candidate away.
+
+        Args:
+            store: of the metadata.
+            input_dict: `candidate`, `model` and `model_blessing`, all there are.
+
+        Returns:
+            The same keys but `candidate`, with one artifact each or, when nothing else was blessed, none.
+        """
+        candidates = {artifact.id for artifact in input_dict[CANDIDATE]}
+        others = {key: artifacts for key, artifacts in input_dict.items() if key != CANDIDATE}
+        others["model"] = [model for model in others["model"] if model.id not in candidates]
+        return LatestBlessedModelStrategy().resolve_artifacts(store, others)

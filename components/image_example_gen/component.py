@@ -1,0 +1,67 @@
+"""ImageExampleGen: images of many kinds and places to TFX Examples.
+
+ImageExampleGen(images="photos/", config=IngestConfig(eval_fraction=0.1))
+ImageExampleGen(images="gs://bucket/day-{SPAN}/v{VERSION}/*.tar")
+"""
+
+from tfx.components.example_gen.component import FileBasedExampleGen
+from tfx.dsl.components.base import executor_spec
+from tfx.v1 import proto
+
+from components.image_example_gen import driver, executor, sources
+from components.image_example_gen.config import IngestConfig, to_json, validate
+from components.image_example_gen.parameters import pack_parameters
+
+_BUCKETS = 10_000
+
+
+class ImageExampleGen(FileBasedExampleGen):
+    """Reads, checks, de-duplicates and splits images; see the package's `sources` for what can be read.
+
+    Outputs `examples`: Examples with the splits `train` and `eval`, as uncompressed TFRecords, since images are
+    compressed already. Beside the splits lie `ingest.json` (counts) and `quarantine.jsonl` (path, reason, detail,
+    sha256).
+    """
+
+    EXECUTOR_SPEC = executor_spec.BeamExecutorSpec(executor.Executor)
+    DRIVER_CLASS = driver.Driver
+
+    def __init__(
+        self,
+        images: str,
+        config: IngestConfig | None = None,
+        code: str = "",
+        range_config: proto.RangeConfig | None = None,
+    ):
+        """Makes the node.
+
+        Args:
+            images: folder, file or glob, local or gs://, with {SPAN}, {VERSION} or dates as TFX has them.
+            config: limits; None for the defaults.
+            code: fingerprint of the code; it takes part in the cache key and in nothing else.
+            range_config: which span to read; the latest by default.
+
+        Raises:
+            UserError: a value of the configuration cannot work.
+        """
+        config = config or IngestConfig()
+        validate(config)
+        base, pattern = sources.split_pattern(images)
+        inputs = proto.Input(splits=[proto.Input.Split(name="images", pattern=pattern)])
+        super().__init__(
+            input_base=base,
+            input_config=inputs,
+            output_config=_split_config(config.eval_fraction),
+            custom_config=pack_parameters({"ingest": to_json(config), "code": code}),
+            range_config=range_config,
+        )
+
+
+def _split_config(eval_fraction: float) -> proto.Output:
+    """Hash buckets of the two splits."""
+    held_out = round(eval_fraction * _BUCKETS)
+    splits = [
+        proto.SplitConfig.Split(name="train", hash_buckets=_BUCKETS - held_out),
+        proto.SplitConfig.Split(name="eval", hash_buckets=held_out),
+    ]
+    return proto.Output(split_config=proto.SplitConfig(splits=splits))

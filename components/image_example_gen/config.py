@@ -1,0 +1,82 @@
+"""What ImageExampleGen reads and refuses, as a frozen dataclass.
+
+Imports neither TFX nor Beam, for the command line needs it.
+"""
+
+import dataclasses
+import enum
+import json
+
+from trainer_module.errors import UserError
+
+# Pillow refuses to open an image of more pixels than this (twice PIL.Image.MAX_IMAGE_PIXELS).
+PILLOW_MAX_PIXELS = 178_956_970
+
+
+class Labels(enum.Enum):
+    """Where labels come from."""
+
+    auto = "auto"  # first folder level, WebDataset's cls/json/txt, or a tf.Example's label feature
+    none = "none"  # every image is unlabelled
+
+
+@dataclasses.dataclass(frozen=True)
+class IngestConfig:
+    """Limits and shape of the ingestion.
+
+    Attributes:
+        max_pixels: an image of more pixels is quarantined from its header, before it is decoded.
+        min_side: an image with a shorter side, in pixels, is quarantined.
+        max_bad_fraction: share of quarantined images, in [0, 1], past which the run stops.
+        eval_fraction: share of the images that goes to the eval split, by hash of the content.
+        shard_mb: size at which a shard is closed, in MiB of original bytes.
+        labels: see Labels.
+        image_key: tf.Example feature that holds the encoded image; empty: `image/encoded`, then `image`.
+        label_key: tf.Example feature that holds the label; empty: the first there is of `image/label`,
+            `image/class/text`, `image/class/label`, `label`.
+    """
+
+    max_pixels: int = 100_000_000
+    min_side: int = 8
+    max_bad_fraction: float = 0.5
+    eval_fraction: float = 0.2
+    shard_mb: float = 64.0
+    labels: Labels = Labels.auto
+    image_key: str = ""
+    label_key: str = ""
+
+
+def validate(config: IngestConfig) -> None:
+    """Refuses values that cannot work.
+
+    Raises:
+        UserError: names the key, its value and the nearest valid one.
+    """
+    ranges = {
+        "max_pixels": (1, PILLOW_MAX_PIXELS),
+        "min_side": (1, 65_535),
+        "max_bad_fraction": (0.0, 1.0),
+        "eval_fraction": (0.0001, 0.9999),
+        "shard_mb": (0.001, 1024.0 * 1024.0),
+    }
+    for name, (lowest, highest) in ranges.items():
+        value = getattr(config, name)
+        if not lowest <= value <= highest:
+            nearest = lowest if value < lowest else highest
+            raise UserError(
+                f"ingest.{name}={value} is outside {lowest}..{highest}; the nearest valid value is {nearest}"
+            )
+
+
+def to_json(config: IngestConfig) -> str:
+    """Serialises a configuration, keys sorted, so that equal configurations give equal text."""
+    plain = dataclasses.asdict(config)
+    plain["labels"] = config.labels.value
+    return json.dumps(plain, sort_keys=True)
+
+
+def from_json(text: str) -> IngestConfig:
+    """Rebuilds what `to_json` wrote."""
+    plain = json.loads(text)
+    plain["labels"] = Labels(plain["labels"])
+    return IngestConfig(**plain)

@@ -1,0 +1,621 @@
+"""Beam pipeline of ImageExampleGen: find, de-duplicate, split, group into shards, then check and write each shard.
+
+Only references (file, offset, size) travel between the stages. An image's bytes are read twice, once to hash them and
+once to check and write them, and never held longer than that; so memory does not grow with the number of images.
+"""
+
+import bisect
+import collections
+import concurrent.futures
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import apache_beam as beam
+import tensorflow as tf
+from tfx import types
+from tfx.components.example_gen import utils
+from tfx.components.util import examples_utils
+from tfx.dsl.components.base import base_beam_executor
+from tfx.types import artifact_utils, standard_component_specs
+from tfx.utils import proto_utils
+from tfx.v1 import proto
+
+from components.image_example_gen import codec, sources
+from components.image_example_gen.config import IngestConfig, from_json
+from components.image_example_gen.parameters import unpack_parameters
+from trainer_module import progress
+from trainer_module.errors import UserError
+
+INGEST_FILE = "ingest.json"
+QUARANTINE_FILE = "quarantine.jsonl"
+_SCRATCH = ".scratch"
+_BATCH = 64  # image files listed together, which one call reads with its threads
+_CHUNK = 8  # images that one thread checks before it is asked again
+_SPACE_MARGIN = 1.05
+
+Counts = dict[tuple[str, ...], int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What one run of the executor does; travels to the workers.
+
+    Attributes:
+        src: the source, see `sources`.
+        uri: root of the Examples artifact.
+        config: limits.
+        splits: names of the splits with the end of each one's hash buckets, ascending.
+    """
+
+    src: str
+    uri: str
+    config: IngestConfig
+    splits: tuple[tuple[str, int], ...]
+
+    @property
+    def limits(self) -> codec.Limits:
+        """Accepted sizes."""
+        return codec.Limits(self.config.max_pixels, self.config.min_side)
+
+    @property
+    def scratch(self) -> str:
+        """Folder for what is not finished; no reader of the artifact looks there, and it is removed in the end."""
+        return f"{self.uri}/{_SCRATCH}"
+
+    def split_folder(self, split: str) -> str:
+        """Folder of a split's shards."""
+        return f"{self.uri}/Split-{split}"
+
+
+class Executor(base_beam_executor.BaseBeamExecutor):
+    """Writes the Examples artifact: shards, then `quarantine.jsonl`, and `ingest.json` last, as the sign of the end."""
+
+    def Do(  # noqa: N802
+        self,
+        input_dict: dict[str, list[types.Artifact]],
+        output_dict: dict[str, list[types.Artifact]],
+        exec_properties: dict[str, Any],
+    ) -> None:
+        """See the base class.
+
+        Raises:
+            UserError: nothing to read, too much of it bad, an empty split, or no space.
+        """
+        self._log_startup(input_dict, output_dict, exec_properties)
+        examples = artifact_utils.get_single_instance(output_dict[standard_component_specs.EXAMPLES_KEY])
+        job = make_job(exec_properties, examples.uri)
+        check_space(job, sources.survey(job.src))
+        try:
+            summary = self._ingest(job)
+        except BaseException:
+            for folder in [job.split_folder(name) for name, _ in job.splits]:
+                _remove(folder)
+            raise
+        finally:
+            _remove(job.scratch)
+        _describe_artifact(examples, job, summary)
+
+    def _ingest(self, job: Job) -> dict[str, Any]:
+        """Runs the pipeline, judges what came of it and publishes the two files beside the splits."""
+        for folder in [f"{job.scratch}/unpacked", *(job.split_folder(name) for name, _ in job.splits)]:
+            tf.io.gfile.makedirs(folder)
+        try:
+            with self._make_beam_pipeline() as pipeline:
+                build(pipeline, job)
+        except Exception as error:
+            if is_disk_full(error):
+                raise UserError(f"no space left while writing {job.uri}: free some and run again") from error
+            raise
+        summary = _summary(job, _read_counts(f"{job.scratch}/counts.json"))
+        judge(job, summary, f"{job.scratch}/{QUARANTINE_FILE}")
+        tf.io.gfile.rename(f"{job.scratch}/{QUARANTINE_FILE}", f"{job.uri}/{QUARANTINE_FILE}", overwrite=True)
+        _write_text(f"{job.scratch}/{INGEST_FILE}", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+        tf.io.gfile.rename(f"{job.scratch}/{INGEST_FILE}", f"{job.uri}/{INGEST_FILE}", overwrite=True)
+        return summary
+
+
+def make_job(exec_properties: Mapping[str, Any], uri: str) -> Job:
+    """Rebuilds the job from TFX's execution properties."""
+    inputs, outputs, custom = proto.Input(), proto.Output(), proto.CustomConfig()
+    proto_utils.json_to_proto(exec_properties[standard_component_specs.INPUT_CONFIG_KEY], inputs)
+    proto_utils.json_to_proto(exec_properties[standard_component_specs.OUTPUT_CONFIG_KEY], outputs)
+    proto_utils.json_to_proto(exec_properties[standard_component_specs.CUSTOM_CONFIG_KEY], custom)
+    utils.generate_output_split_names(inputs, outputs)  # refuses what TFX refuses
+    end, splits = 0, []
+    for split in outputs.split_config.splits:
+        end += split.hash_buckets
+        splits.append((split.name, end))
+    base = exec_properties[standard_component_specs.INPUT_BASE_KEY]
+    src = sources.join_pattern(base, inputs.splits[0].pattern)
+    return Job(src, uri.rstrip("/"), from_json(unpack_parameters(custom)["ingest"]), tuple(splits))
+
+
+def split_of(sha: str, splits: Sequence[tuple[str, int]]) -> str:
+    """The split of an image by the hash of its content: TFX's rule, with the original bytes as the record.
+
+    Args:
+        sha: hex SHA-256.
+        splits: names with the ends of their buckets, ascending.
+    """
+    bucket = int(sha, 16) % splits[-1][1]
+    return splits[bisect.bisect([end for _, end in splits], bucket)][0]
+
+
+def shard_of(sha: str, shards: int) -> int:
+    """The shard of an image within its split; other bits of the hash than split_of() rests on."""
+    return int(sha[:15], 16) % shards
+
+
+def check_space(job: Job, survey: sources.Survey) -> None:
+    """Refuses to start where the disk cannot hold what will be written: about as much as the source, unpacked twice.
+
+    Raises:
+        UserError: names both figures.
+    """
+    if sources.is_remote(job.uri):
+        return
+    folder = job.uri
+    while not os.path.isdir(folder):
+        folder = os.path.dirname(folder) or "."
+    free, need = shutil.disk_usage(folder).free, (survey.size + survey.packed) * _SPACE_MARGIN
+    if free < need:
+        figures = f"{free / 1e9:.3f} GB are free in {folder} and the images of {job.src} need {need / 1e9:.3f} GB"
+        raise UserError(f"{figures}: free some space or choose another --workdir")
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether an error, perhaps wrapped by Beam, which keeps only its text, says that the disk is full."""
+    return "No space left on device" in str(error) or "Disk quota exceeded" in str(error)
+
+
+def judge(job: Job, summary: Mapping[str, Any], quarantine: str) -> None:
+    """Stops the run where its images cannot be used. The quarantine file is then kept beside the artifact.
+
+    Raises:
+        UserError: nothing read, too much quarantined, or an empty split.
+    """
+    read, bad, ingested = summary["read"], summary["quarantined"], summary["ingested"]
+    if not read:
+        raise sources.no_images(job.src)
+    if bad > job.config.max_bad_fraction * read or not ingested:
+        # TFX removes the artifact's folder when the executor fails.
+        kept = f"{job.uri}.{QUARANTINE_FILE}"
+        tf.io.gfile.copy(quarantine, kept, overwrite=True)
+        limit = f"{bad / read:.1%}, past ingest.max_bad_fraction={job.config.max_bad_fraction}" if ingested else "all"
+        first = "; ".join(_first_rows(quarantine, 3))
+        raise UserError(f"{bad} of {read} images cannot be used ({limit}): see {kept} ({first})")
+    for name, _ in job.splits:
+        if not summary[name]:
+            images = "image is" if ingested == 1 else "images are"
+            text = f"{ingested} usable {images} too few: by hash none falls into the {name} split"
+            raise UserError(f"{text}; add images or change ingest.eval_fraction={job.config.eval_fraction}")
+
+
+def build(pipeline: beam.Pipeline, job: Job) -> None:
+    """Adds the stages to a Beam pipeline.
+
+    It leaves the shards in the split folders, and `counts.json` and `quarantine.jsonl` in the scratch folder.
+    """
+    found = (
+        pipeline
+        | "Source" >> beam.Create([job.src])
+        | "List" >> beam.FlatMap(list_batches)
+        | "SpreadFiles" >> beam.Reshuffle()
+        | "Find" >> beam.ParDo(Find(job)).with_outputs("bad", "counts", main="refs")
+    )
+    unique = found.refs | "DropDuplicates" >> beam.CombinePerKey(FirstCopy())
+    placed = unique | "Split" >> beam.Map(_place, job.splits)
+    sizes = (
+        placed | "Sizes" >> beam.Map(_size) | "SumSizes" >> beam.CombinePerKey(beam.combiners.TupleCombineFn(sum, sum))
+    )
+    sizes_by_split = beam.pvalue.AsDict(sizes)
+    # Every shard exists even if no image falls into it, so that the numbers in the names have no gaps.
+    frames = sizes | "Frames" >> beam.FlatMap(_frames, job.config.shard_mb)
+    members = placed | "Shard" >> beam.Map(_shard, job.config.shard_mb, sizes_by_split)
+    written = (
+        (frames, members)
+        | "WithFrames" >> beam.Flatten()
+        | "GroupShards" >> beam.GroupByKey()
+        | "Write" >> beam.ParDo(WriteShard(job), sizes_by_split).with_outputs("bad", main="counts")
+    )
+    copies = unique | "Copies" >> beam.FlatMap(_copies)
+    _ = (
+        (found.counts, copies, written.counts)
+        | "AllCounts" >> beam.Flatten()
+        | "AddCounts" >> beam.CombineGlobally(add_counts)
+        | "WriteCounts" >> beam.Map(_write_counts, f"{job.scratch}/counts.json")
+    )
+    _ = (
+        (found.bad, written.bad)
+        | "AllBad" >> beam.Flatten()
+        | "ListBad" >> beam.combiners.ToList()
+        | "WriteQuarantine" >> beam.Map(_write_quarantine, f"{job.scratch}/{QUARANTINE_FILE}")
+    )
+
+
+def list_batches(src: str) -> Iterator[list[tuple[Any, ...]]]:
+    """Lists a source: images in batches, archives one by one, as plain tuples of `sources.File`."""
+    batch: list[tuple[Any, ...]] = []
+    for file in sources.list_files(src):
+        if sources.kind_of(file.relative) in (sources.Kind.tar, sources.Kind.tfrecord):
+            yield [_portable(file)]
+            continue
+        batch.append(_portable(file))
+        if len(batch) == _BATCH:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def _portable(file: sources.File) -> tuple[Any, ...]:
+    """A file whose names Beam can encode: what is no valid Unicode is passed as bytes."""
+    return (os.fsencode(file.path), os.fsencode(file.relative), file.size, file.changed)
+
+
+class _Ticker:
+    """Reports progress at most twice a second; one thread calls it."""
+
+    def __init__(self, task: str):
+        self._task = task
+        self._done = 0
+        self._next = 0.0
+
+    def add(self, count: int, total: int | None) -> None:
+        """Counts further images; the last of a known total is always reported."""
+        self._done += count
+        now = time.monotonic()
+        if now >= self._next or self._done == total:
+            self._next = now + 0.5
+            progress.report(self._task, self._done, total, "images")
+
+
+class _ThreadedDoFn(beam.DoFn):
+    """A DoFn with threads: Pillow, hashing and reading all let go of Python's lock."""
+
+    def __init__(self, job: Job):
+        self._job = job
+
+    def setup(self) -> None:
+        """Starts the threads of this worker."""
+        self._pool = concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1))
+        self._reader = sources.Reader()
+        self._ticker = _Ticker(self._task())
+
+    def teardown(self) -> None:
+        """Ends the threads."""
+        self._pool.shutdown()
+
+    def _task(self) -> str:
+        raise NotImplementedError
+
+    def _in_order(self, function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
+        """Like map(), in the same order, some items ahead, so that memory is bounded."""
+        pending: collections.deque[concurrent.futures.Future] = collections.deque()
+        for chunk in _chunks(items, _CHUNK):
+            pending.append(self._pool.submit(lambda chunk: [function(item) for item in chunk], chunk))
+            if len(pending) > 2 * min(8, os.cpu_count() or 1):
+                yield from pending.popleft().result()
+        while pending:
+            yield from pending.popleft().result()
+
+
+class Find(_ThreadedDoFn):
+    """Files to references with the hash of their bytes; headers are checked, nothing is decoded.
+
+    Input: a batch of `list_batches`. Main output: (SHA-256 hex, Ref as a tuple). Tagged: `bad` rows, `counts`.
+    """
+
+    def _task(self) -> str:
+        return "find images"
+
+    def process(self, batch: list[tuple[Any, ...]]) -> Iterator[Any]:
+        """See the class."""
+        counts: Counts = collections.Counter()
+        for result in self._results([_restored(file) for file in batch]):
+            kind, value = result
+            counts[(kind,)] += 1
+            if kind == "skipped":
+                continue
+            counts[("read",)] += 1
+            self._ticker.add(1, None)
+            yield value if kind == "ref" else beam.pvalue.TaggedOutput("bad", value)
+        yield beam.pvalue.TaggedOutput("counts", dict(counts))
+
+    def _results(self, files: list[sources.File]) -> Iterator[tuple[str, Any]]:
+        """Judged items of files; archives are read from end to end, single images by many threads."""
+        if len(files) > 1:
+            for results in self._in_order(self._judge_file, files):
+                yield from results
+            return
+        file, trouble = self._unpacked(files[0])
+        for item in sources.read_file(file, self._job.config):
+            yield self._judge(item)
+        if trouble:
+            yield self._judge(sources.Bad(file.relative, "damaged_archive", trouble))
+
+    def _judge_file(self, file: sources.File) -> list[tuple[str, Any]]:
+        return [self._judge(item) for item in sources.read_file(file, self._job.config)]
+
+    def _judge(self, item: sources.Item) -> tuple[str, Any]:
+        """("ref", (sha, ref)), ("bad", row) or ("skipped", None)."""
+        if isinstance(item, sources.Skipped):
+            return "skipped", None
+        if isinstance(item, sources.Bad):
+            return "bad", (item.path, item.reason, item.detail, None)
+        sha = codec.sha256(item.data)
+        try:
+            codec.inspect(item.data, self._job.limits)
+        except codec.BadImage as bad:
+            return "bad", (item.ref.path, bad.reason, bad.detail, sha)
+        return "ref", (sha, tuple(item.ref))
+
+    def _unpacked(self, file: sources.File) -> tuple[sources.File, str | None]:
+        """The file itself, or where it is a compressed archive, an unpacked copy of it whose members can be read."""
+        is_archive = sources.kind_of(file.relative) in (sources.Kind.tar, sources.Kind.tfrecord)
+        if not is_archive or not sources.is_compressed(file.relative):
+            return file, None
+        name = hashlib.sha256(file.relative.encode("utf-8", "surrogateescape")).hexdigest()
+        path = f"{self._job.scratch}/unpacked/{name}"
+        try:
+            trouble = sources.unpack(file, path)
+        except OSError as error:
+            if is_disk_full(error):
+                raise
+            return file, str(error)
+        return file._replace(path=path), trouble
+
+
+class FirstCopy(beam.CombineFn):
+    """Of the references to the same bytes, the one whose path comes first; its label stands.
+
+    Output: (Ref as a tuple, number of copies, whether copies differ in their labels).
+    """
+
+    def create_accumulator(self) -> tuple[Any, ...] | None:  # noqa: D102
+        return None
+
+    def add_input(self, accumulator: tuple[Any, ...] | None, ref: tuple[Any, ...]) -> tuple[Any, ...]:  # noqa: D102
+        one = (tuple(ref), 1, False)
+        return one if accumulator is None else self._merge(accumulator, one)
+
+    def merge_accumulators(self, accumulators: Iterable[Any]) -> tuple[Any, ...] | None:  # noqa: D102
+        merged = None
+        for one in accumulators:
+            if one is not None:
+                merged = one if merged is None else self._merge(merged, one)
+        return merged
+
+    def extract_output(self, accumulator: tuple[Any, ...] | None) -> tuple[Any, ...] | None:  # noqa: D102
+        return accumulator
+
+    @staticmethod
+    def _merge(left: tuple[Any, ...], right: tuple[Any, ...]) -> tuple[Any, ...]:
+        def order(one: tuple[Any, ...]) -> tuple[str, str, int]:
+            file, offset, _, path, _ = one[0]
+            return path, file, offset
+
+        first = min(left, right, key=order)
+        return first[0], left[1] + right[1], left[2] or right[2] or left[0][4] != right[0][4]
+
+
+class WriteShard(_ThreadedDoFn):
+    """Reads, checks and writes one shard, images in the order of their hashes.
+
+    Input: ((split, index), references with their hashes). Main output: counts. Tagged: `bad` rows.
+    """
+
+    def _task(self) -> str:
+        return "read images"
+
+    def process(self, element: tuple[Any, Iterable[Any]], sizes: Mapping[str, tuple[int, int]]) -> Iterator[Any]:
+        """See the class. `sizes`: bytes and images of each split."""
+        (split, index), members = element
+        shards = shard_count(sizes[split][0], self._job.config.shard_mb)
+        total = sum(images for _, images in sizes.values())
+        name = f"images-{index:05d}-of-{shards:05d}.tfrecord"
+        scratch = f"{self._job.scratch}/{uuid.uuid4().hex}"
+        counts: Counts = collections.Counter()
+        with tf.io.TFRecordWriter(scratch) as writer:
+            for record, size, label, bad in self._in_order(self._check, sorted(m for m in members if m is not None)):
+                self._ticker.add(1, total)
+                if bad:
+                    counts[("bad",)] += 1
+                    yield beam.pvalue.TaggedOutput("bad", bad)
+                    continue
+                writer.write(encode_example(record, split))
+                counts[("bytes",)] += size
+                counts[("split", split)] += 1
+                counts[("unlabelled",) if label is None else ("label", label, split)] += 1
+        # A retry of this bundle writes the same bytes under the same name.
+        tf.io.gfile.rename(scratch, f"{self._job.split_folder(split)}/{name}", overwrite=True)
+        yield dict(counts)
+
+    def _check(self, member: tuple[str, tuple[Any, ...]]) -> tuple[Any, int, str | None, tuple[Any, ...] | None]:
+        """(record, bytes, label, None) of a good image, (None, 0, None, row) of a bad one."""
+        sha, ref = member[0], sources.Ref(*member[1])
+        try:
+            data = self._reader.read(ref)
+            if codec.sha256(data) != sha:
+                raise OSError("it changed while the images were read; run again")
+            image = codec.canonical(data, self._job.limits)
+        except codec.BadImage as bad:
+            return None, 0, None, (ref.path, bad.reason, bad.detail, sha)
+        except OSError as error:
+            return None, 0, None, (ref.path, "unreadable", str(error), sha)
+        return (image, sha, ref), len(image.encoded), ref.label, None
+
+
+def encode_example(record: tuple[codec.Canonical, str, sources.Ref], split: str) -> bytes:
+    """Serialises one image as tf.Example, fields in a fixed order, so that equal images give equal bytes."""
+    image, sha, ref = record
+    values: dict[str, bytes | int] = {
+        "image/encoded": image.encoded,
+        "image/format": image.format.encode(),
+        "image/sha256": sha.encode(),
+        "image/path": ref.path.encode(),
+        "image/split": split.encode(),
+        "image/height": image.height,
+        "image/width": image.width,
+    }
+    if ref.label is not None:
+        values["image/label"] = ref.label.encode()
+    features = {name: _feature(value) for name, value in values.items()}
+    example = tf.train.Example(features=tf.train.Features(feature=features))
+    return example.SerializeToString(deterministic=True)
+
+
+def shard_count(size: int, shard_mb: float) -> int:
+    """Shards of a split of so many bytes."""
+    return max(1, math.ceil(size / (shard_mb * 2**20)))
+
+
+def add_counts(many: Iterable[Counts]) -> Counts:
+    """Adds counts up."""
+    total: Counts = collections.Counter()
+    for counts in many:
+        total.update(counts)
+    return dict(total)
+
+
+# --- small stages
+
+
+def _feature(value: bytes | int) -> tf.train.Feature:
+    """One value as a feature."""
+    if isinstance(value, int):
+        return tf.train.Feature(int64_list=tf.train.Int64List(value=[value]))
+    return tf.train.Feature(bytes_list=tf.train.BytesList(value=[value]))
+
+
+def _restored(file: tuple[Any, ...]) -> sources.File:
+    """Undoes `_portable`."""
+    return sources.File(os.fsdecode(file[0]), os.fsdecode(file[1]), file[2], file[3])
+
+
+def _place(element: tuple[str, tuple[Any, ...]], splits: Sequence[tuple[str, int]]) -> tuple[Any, ...]:
+    """(sha, (ref, copies, conflict)) to (split, sha, ref)."""
+    sha, (ref, _, _) = element
+    return split_of(sha, splits), sha, ref
+
+
+def _size(element: tuple[Any, ...]) -> tuple[str, tuple[int, int]]:
+    """(split, sha, ref) to (split, (bytes, 1))."""
+    return element[0], (element[2][2], 1)
+
+
+def _frames(element: tuple[str, tuple[int, int]], shard_mb: float) -> list[tuple[tuple[str, int], None]]:
+    """One empty member for every shard of a split."""
+    split, (size, _) = element
+    return [((split, index), None) for index in range(shard_count(size, shard_mb))]
+
+
+def _shard(
+    element: tuple[Any, ...], shard_mb: float, sizes: Mapping[str, tuple[int, int]]
+) -> tuple[tuple[str, int], tuple[str, tuple[Any, ...]]]:
+    """(split, sha, ref) to ((split, shard), (sha, ref))."""
+    split, sha, ref = element
+    return (split, shard_of(sha, shard_count(sizes[split][0], shard_mb))), (sha, ref)
+
+
+def _copies(element: tuple[str, tuple[Any, ...]]) -> list[Counts]:
+    """Counts of an image that was found more than once."""
+    _, (_, copies, conflict) = element
+    return [{("duplicates",): copies - 1, ("label_conflicts",): int(conflict)}] if copies > 1 else []
+
+
+def _chunks(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    """Consecutive items in lists."""
+    chunk: list[Any] = []
+    for item in items:
+        chunk.append(item)
+        if len(chunk) == size:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk
+
+
+# --- the files beside the splits
+
+
+def _write_counts(counts: Counts, path: str) -> None:
+    """Writes counts as pairs, since their keys are tuples."""
+    _write_text(path, json.dumps([[list(key), value] for key, value in sorted(counts.items())]))
+
+
+def _read_counts(path: str) -> Counts:
+    """Undoes `_write_counts`."""
+    with tf.io.gfile.GFile(path, "r") as file:
+        return {tuple(key): value for key, value in json.loads(file.read())}
+
+
+def _write_quarantine(rows: list[tuple[Any, ...]], path: str) -> None:
+    """Writes the rows, sorted by path, one JSON object a line."""
+    names = ("path", "reason", "detail", "sha256")
+    lines = [json.dumps(dict(zip(names, row, strict=True)), ensure_ascii=False) for row in sorted(rows, key=_row_order)]
+    _write_text(path, "".join(line + "\n" for line in lines))
+
+
+def _row_order(row: tuple[Any, ...]) -> tuple[str, ...]:
+    """Sorting key of a row; the hash may be missing."""
+    return tuple(str(value) for value in row)
+
+
+def _first_rows(path: str, count: int) -> Iterator[str]:
+    """The first quarantined images, as a person reads them."""
+    with tf.io.gfile.GFile(path, "r") as file:
+        for line, _ in zip(file, range(count), strict=False):
+            row = json.loads(line)
+            yield f"{row['path']}: {row['reason']}"
+
+
+def _summary(job: Job, counts: Counts) -> dict[str, Any]:
+    """The content of ingest.json: read = ingested + quarantined + duplicates."""
+    names = [name for name, _ in job.splits]
+    labels: dict[str, dict[str, int]] = {}
+    for key, value in sorted(counts.items()):
+        if key[0] == "label":
+            labels.setdefault(key[1], dict.fromkeys(names, 0))[key[2]] = value
+    by_split = {name: counts.get(("split", name), 0) for name in names}
+    return {
+        "read": counts.get(("read",), 0),
+        "ingested": sum(by_split.values()),
+        "quarantined": counts.get(("bad",), 0),
+        "duplicates": counts.get(("duplicates",), 0),
+        "label_conflicts": counts.get(("label_conflicts",), 0),
+        "skipped": counts.get(("skipped",), 0),
+        **by_split,
+        "unlabelled": counts.get(("unlabelled",), 0),
+        "bytes": counts.get(("bytes",), 0),
+        "labels": labels,
+    }
+
+
+def _describe_artifact(examples: types.Artifact, job: Job, summary: Mapping[str, Any]) -> None:
+    """Sets what the following components read of the artifact, and the counts."""
+    examples.split_names = artifact_utils.encode_split_names([name for name, _ in job.splits])
+    examples_utils.set_payload_format(examples, proto.PayloadFormat.Value("FORMAT_TF_EXAMPLE"))
+    for name, value in summary.items():
+        if isinstance(value, int):
+            examples.set_int_custom_property(name, value)
+
+
+def _write_text(path: str, text: str) -> None:
+    """Writes a small file."""
+    with tf.io.gfile.GFile(path, "w") as file:
+        file.write(text)
+
+
+def _remove(folder: str) -> None:
+    """Removes a folder if it is there."""
+    if tf.io.gfile.exists(folder):
+        tf.io.gfile.rmtree(folder)

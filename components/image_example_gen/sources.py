@@ -1,0 +1,663 @@
+"""What `--images SRC` can be, and how the images in it are found and read. Imports Beam only for remote paths.
+
+A source is a folder, a file, or a glob whose matches are folders and files, local or in a bucket (`gs://`):
+- **a tree of files**: the first folder level below the source (below the part without wildcards, for a glob) is the
+  label, whatever the depth; images that lie directly in the source are unlabelled;
+- **tar shards** (`.tar`, `.tar.gz`, `.tgz`): inside, a tree as above, or WebDataset's keys, where `key.cls`, else a
+  `label`, `class` or `cls` in `key.json`, else a `key.txt` of one short line, labels `key.jpg` beside it;
+- **TFRecords** (`.tfrecord`, `.record`, `-00000-of-00009`, also `.gz`) of tf.Example.
+
+A name that claims to be an image by its extension is an image or is quarantined. Any other file is an image where its
+first bytes say so; else it is skipped and counted. Hidden files (`.DS_Store`, `._x`, `__MACOSX`, `Thumbs.db`), broken
+links and devices are ignored. Links to files and folders are followed, each folder once on the way down.
+"""
+
+import dataclasses
+import enum
+import glob
+import gzip
+import hashlib
+import json
+import os
+import re
+import struct
+import tarfile
+import unicodedata
+import zlib
+from collections.abc import Iterable, Iterator
+from typing import Any, BinaryIO, NamedTuple
+
+from components.image_example_gen.codec import looks_like_image
+from components.image_example_gen.config import IngestConfig, Labels
+from trainer_module.errors import UserError
+
+_IMAGE_SUFFIXES = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".gif", ".bmp", ".dib", ".webp"),
+    # Claim to be images, and are told apart from what is skipped in silence, though they cannot be used.
+    *(".tif", ".tiff", ".heic", ".heif", ".avif", ".jp2", ".ico", ".tga", ".ppm", ".pgm", ".psd"),
+)
+_TAR = re.compile(r"\.(tar|tar\.gz|tgz)$", re.IGNORECASE)
+_TFRECORD = re.compile(r"(\.tfrecords?|\.tfrec|\.records?|-\d{5}-of-\d{5})(\.gz)?$", re.IGNORECASE)
+_IGNORED_NAMES = ("__MACOSX", "Thumbs.db", "desktop.ini", "@eaDir")
+_WILDCARD = re.compile(r"[*?\[]")
+_SPAN_SPEC = re.compile(r"\{(SPAN|VERSION|YYYY|MM|DD)(:[^}]*)?\}")
+_SIDECARS = (".cls", ".json", ".txt")
+_MAX_SIDECAR_BYTES = 1 << 20
+_MAX_TXT_LABEL = 64  # characters; a longer line is a caption
+_LABEL_KEYS = ("image/label", "image/class/text", "image/class/label", "label")
+_IMAGE_KEYS = ("image/encoded", "image")
+_ARCHIVE_ERRORS = (tarfile.TarError, EOFError, zlib.error, OSError, struct.error)
+
+
+class Kind(enum.Enum):
+    """What a file's name says it is."""
+
+    image = "image"  # claims to be an image
+    tar = "tar"
+    tfrecord = "tfrecord"
+    other = "other"  # its first bytes decide
+
+
+class File(NamedTuple):
+    """A file of a source.
+
+    Attributes:
+        path: where it is read.
+        relative: path below the source, `/` between the parts.
+        size: bytes.
+        changed: when it was last changed, in whatever unit the file system has.
+    """
+
+    path: str
+    relative: str
+    size: int
+    changed: int
+
+
+class Ref(NamedTuple):
+    """Where the bytes of one image lie.
+
+    Attributes:
+        file: file that holds them: the image itself, a tar archive or a TFRecord file.
+        offset, size: bytes.
+        path: the image's name for people, below the source.
+        label: None when unlabelled.
+    """
+
+    file: str
+    offset: int
+    size: int
+    path: str
+    label: str | None
+
+
+class Found(NamedTuple):
+    """One image of a source with its bytes."""
+
+    ref: Ref
+    data: bytes
+
+
+class Bad(NamedTuple):
+    """Something that claims to be an image, or to hold images, and cannot be read."""
+
+    path: str
+    reason: str
+    detail: str
+
+
+class Skipped(NamedTuple):
+    """A file that is none of ours."""
+
+    path: str
+
+
+Item = Found | Bad | Skipped
+
+
+@dataclasses.dataclass(frozen=True)
+class Survey:
+    """What a listing of a source tells, no file read.
+
+    Attributes:
+        fingerprint: changes when any file below changes its name, size or time, whatever the order of listing.
+        files: how many there are.
+        size: their bytes together.
+        packed: bytes of the compressed archives among them.
+    """
+
+    fingerprint: str
+    files: int
+    size: int
+    packed: int
+
+
+def kind_of(name: str) -> Kind:
+    """What a file's name says it is."""
+    if _TAR.search(name):
+        return Kind.tar
+    if _TFRECORD.search(name):
+        return Kind.tfrecord
+    return Kind.image if name.lower().endswith(_IMAGE_SUFFIXES) else Kind.other
+
+
+def is_compressed(name: str) -> bool:
+    """Whether an archive must be unpacked before its members can be read in any order."""
+    return name.lower().endswith((".gz", ".tgz"))
+
+
+def is_remote(src: str) -> bool:
+    """Whether a path names a scheme such as gs://."""
+    return "://" in src
+
+
+def split_pattern(src: str) -> tuple[str, str]:
+    """Splits `--images` into TFX's input base and pattern, at the first wildcard or {SPAN}-like specification.
+
+    Local paths become absolute. A folder's pattern is `*`.
+    """
+    if not is_remote(src):
+        src = os.path.abspath(os.path.expanduser(src))
+    src = src.rstrip("/") or "/"
+    literal = not is_remote(src) and os.path.exists(src)
+    found = None if literal else re.search(r"[*?\[{]", src)
+    if found:
+        base, _, _ = src[: found.start()].rpartition("/")
+        return base or "/", src[len(base) + 1 :]
+    single = os.path.isfile(src) if literal else kind_of(src) is not Kind.other
+    if single:
+        base, _, name = src.rpartition("/")
+        return base or "/", name
+    return src, "*"
+
+
+def join_pattern(base: str, pattern: str) -> str:
+    """The source that an input base and a pattern without specifications name; undoes `split_pattern`."""
+    return base if pattern == "*" else f"{base.rstrip('/')}/{pattern}"
+
+
+def check(src: str) -> None:
+    """Refuses a source that cannot hold an image, before anything heavy runs; stops at the first file that may be one.
+
+    Raises:
+        UserError: nothing there, not readable, no image.
+    """
+    if not src.strip():
+        raise UserError("--images is empty: name a folder, a glob, tar or TFRecord files, or gs:// of these")
+    src = _SPAN_SPEC.sub("*", src)
+    files = _list_any(src)
+    if not any(kind_of(file.relative) is not Kind.other or _sniff(file) for file in files):
+        raise no_images(src)
+
+
+def no_images(src: str) -> UserError:
+    """The error for a source without images."""
+    if not is_remote(src) and os.path.isdir(src) and not os.listdir(src):
+        return UserError(f"the folder {src} is empty: put images into it or name another with --images")
+    kinds = "JPEG, PNG, GIF, BMP or WebP files, tar shards or TFRecords"
+    return UserError(f"there are no images in {src}: --images must name {kinds}, or a folder or glob of them")
+
+
+def list_files(src: str) -> Iterator[File]:
+    """Lists a source's files as a stream, in no fixed order.
+
+    Args:
+        src: folder, file or glob, see the module; no {SPAN}-like specification.
+
+    Raises:
+        UserError: nothing there, or a folder that may not be read.
+    """
+    return _list_remote(src) if is_remote(src) else _list_local(src)
+
+
+def survey(src: str) -> Survey:
+    """Lists a source and fingerprints the listing in constant memory.
+
+    Raises:
+        UserError: see `list_files`; also when there is no file at all.
+    """
+    total = files = size = packed = 0
+    for file in list_files(src):
+        name = file.relative.encode("utf-8", "surrogateescape")
+        digest = hashlib.sha256(b"%b\0%d\0%d" % (name, file.size, file.changed)).digest()
+        # A sum does not depend on the order, so a listing need not be sorted, nor held.
+        total = (total + int.from_bytes(digest, "big")) % (1 << 256)
+        files += 1
+        size += file.size
+        packed += file.size if is_compressed(file.relative) else 0
+    if not files:
+        raise no_images(src)
+    return Survey(f"files:{files},bytes:{size},sum:{total:064x}", files, size, packed)
+
+
+def read_images(src: str, config: IngestConfig) -> Iterator[Item]:
+    """Reads every image of a source in one pass, files in the order of their names; holds the listing alone.
+
+    Raises:
+        UserError: see `list_files`.
+    """
+    for file in sorted(list_files(src), key=lambda file: file.relative):
+        yield from read_file(file, config)
+
+
+def read_file(file: File, config: IngestConfig) -> Iterator[Item]:
+    """Reads the images that one file of a source is or holds, from its beginning to its end.
+
+    The offsets of the references count within the unpacked file where the file is compressed.
+    """
+    try:
+        file.relative.encode()
+    except UnicodeEncodeError:
+        yield Bad(printable(file.relative), "unreadable", "its name is not valid UTF-8; rename it")
+        return
+    try:
+        if kind_of(file.relative) is Kind.tar:
+            yield from _read_tar(file, config)
+        elif kind_of(file.relative) is Kind.tfrecord:
+            yield from _read_tfrecord(file, config)
+        else:
+            yield _read_image(file, config)
+    except _ARCHIVE_ERRORS as error:
+        yield Bad(file.relative, "unreadable", _describe(error))
+
+
+def printable(name: str) -> str:
+    """A file's name as valid Unicode."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+class Reader:
+    """Reads references, in any order and from many threads."""
+
+    def __init__(self) -> None:
+        self._gcs: Any = None
+
+    def read(self, ref: Ref) -> bytes:
+        """Returns the bytes of an image.
+
+        Raises:
+            OSError: the file cannot be read, or has become shorter.
+        """
+        with self._open(ref.file) as stream:
+            stream.seek(ref.offset)
+            data = stream.read(ref.size)
+        if len(data) != ref.size:
+            raise OSError(f"only {len(data)} of {ref.size} bytes are left")
+        return data
+
+    def _open(self, path: str) -> BinaryIO:
+        """Opens a file for one read somewhere within."""
+        if not path.startswith("gs://"):
+            return open_file(path)
+        from apache_beam.io.gcp.gcsio import GcsIO
+
+        # Beam's default reads 16 MiB ahead, for an image of a few KiB within a shard.
+        self._gcs = self._gcs or GcsIO()
+        return self._gcs.open(path, "rb", read_buffer_size=1 << 16)
+
+
+def open_file(path: str) -> BinaryIO:
+    """Opens a file as it is, compressed or not, for reading with seeks."""
+    if not is_remote(path):
+        return open(path, "rb")
+    from apache_beam.io.filesystem import CompressionTypes
+    from apache_beam.io.filesystems import FileSystems
+
+    return FileSystems.open(path, compression_type=CompressionTypes.UNCOMPRESSED)
+
+
+# --- listing
+
+
+def _list_any(src: str) -> Iterator[File]:
+    """list_files() of what `--images` says."""
+    return list_files(join_pattern(*split_pattern(src)))
+
+
+def _list_local(src: str) -> Iterator[File]:
+    """Lists a local folder, file or glob."""
+    if os.path.isdir(src):
+        yield from _walk(src, "", ())
+        return
+    if os.path.exists(src):
+        yield _local_file(src, os.path.basename(src))
+        return
+    if not _WILDCARD.search(src):
+        raise UserError(f"--images: there is no {src}; check the path")
+    base = _fixed_part(src)
+    matches = sorted(glob.iglob(src, recursive=True))
+    if not matches:
+        raise UserError(f"--images: nothing matches {src}; check the pattern, and quote it for the shell")
+    listed: set[str] = set()
+    for match in matches:
+        match = match.rstrip("/")
+        relative = os.path.relpath(match, base)
+        # With ** a folder's files match on their own too; each is to be listed once.
+        above = {match, *(match[: cut.start()] for cut in re.finditer("/", match))}
+        if not above & listed and not any(_is_ignored(part) for part in relative.split("/")):
+            if os.path.isdir(match):
+                listed.add(match)
+                yield from _walk(match, "" if relative == "." else relative, ())
+            elif os.path.isfile(match):
+                yield _local_file(match, relative)
+
+
+def _walk(folder: str, relative: str, above: tuple[tuple[int, int], ...]) -> Iterator[File]:
+    """Lists the files below a folder. `above` identifies the folders on the way down, to leave circles of links."""
+    try:
+        status = os.stat(folder)
+        entries = os.scandir(folder)
+    except PermissionError as error:
+        raise UserError(f"the folder {printable(folder)} may not be read: allow it, or name another folder") from error
+    identity = (status.st_dev, status.st_ino)
+    if identity in above:
+        return
+    with entries:
+        for entry in entries:
+            if _is_ignored(entry.name):
+                continue
+            name = f"{relative}/{entry.name}" if relative else entry.name
+            if entry.is_dir():
+                yield from _walk(entry.path, name, (*above, identity))
+            elif entry.is_file():
+                yield _local_file(entry.path, name)
+
+
+def _local_file(path: str, relative: str) -> File:
+    """A local file with its size and time."""
+    status = os.stat(path)
+    return File(path, relative, status.st_size, status.st_mtime_ns)
+
+
+def _list_remote(src: str) -> Iterator[File]:
+    """Lists files of a bucket through Beam's FileSystems."""
+    from apache_beam.io.filesystem import BeamIOError
+    from apache_beam.io.filesystems import FileSystems
+
+    src = src.rstrip("/")
+    try:
+        in_bucket = "/" in src.partition("://")[2]
+        patterns = [src, f"{src}/**"] if in_bucket else [f"{src}/**"]
+        matches = {match.pattern: match.metadata_list for match in FileSystems.match(patterns)}
+    except (BeamIOError, ValueError, ImportError) as error:
+        text = f"--images: {src} cannot be listed ({_describe(error)})"
+        raise UserError(f"{text}; check the name, and that your credentials may read it") from error
+    is_one_file = bool(matches.get(src)) and not _WILDCARD.search(src)
+    base = src.rpartition("/")[0] if is_one_file else _fixed_part(src)
+    found = {found.path: found for listed in matches.values() for found in listed if not found.path.endswith("/")}
+    if not found:
+        raise UserError(f"--images: there is nothing at {src}; check the bucket and the path")
+    for path, metadata in found.items():
+        relative = path[len(base) + 1 :]
+        if not any(_is_ignored(part) for part in relative.split("/")):
+            yield File(path, relative, metadata.size_in_bytes, int((metadata.last_updated_in_seconds or 0) * 1000))
+
+
+def _fixed_part(src: str) -> str:
+    """The folder before the first wildcard."""
+    found = _WILDCARD.search(src)
+    return src[: found.start()].rpartition("/")[0] if found else src
+
+
+def _is_ignored(name: str) -> bool:
+    """Whether a file or folder is hidden or an operating system's litter."""
+    return name.startswith(".") or name in _IGNORED_NAMES
+
+
+def _sniff(file: File) -> bool:
+    """Whether a file begins like an image."""
+    try:
+        with open_file(file.path) as stream:
+            return looks_like_image(stream.read(16))
+    except OSError:
+        return False
+
+
+# --- single images
+
+
+def _read_image(file: File, config: IngestConfig) -> Item:
+    """Reads a file that is an image, or none."""
+    claims = kind_of(file.relative) is Kind.image
+    if not claims and not _sniff(file):
+        return Skipped(file.relative)
+    if too_long := _too_long(file.relative, file.size, config):
+        return too_long
+    with open_file(file.path) as stream:
+        data = stream.read()
+    return Found(Ref(file.path, 0, len(data), file.relative, _folder_label(file.relative, config)), data)
+
+
+def _too_long(path: str, size: int, config: IngestConfig) -> Bad | None:
+    """Refuses what cannot be an image of the allowed pixels, before it fills the memory: 8 bytes a pixel and 16 MiB."""
+    most = 8 * config.max_pixels + (16 << 20)
+    return Bad(path, "too_many_bytes", f"{size} bytes are over {most}") if size > most else None
+
+
+def _folder_label(relative: str, config: IngestConfig) -> str | None:
+    """The first folder level below the source."""
+    first, slash, _ = relative.partition("/")
+    return _label(first, config) if slash else None
+
+
+def _label(value: object, config: IngestConfig) -> str | None:
+    """A label as it is stored: NFC, no blanks around it; None where there is none or none is wanted."""
+    if config.labels is Labels.none or value is None or isinstance(value, dict | list):
+        return None
+    text = value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
+    return unicodedata.normalize("NFC", text).strip() or None
+
+
+# --- tar
+
+
+class _Group:
+    """Members of a tar archive that share a WebDataset key."""
+
+    def __init__(self, key: str):
+        self.key = key
+        self.images: list[Item] = []
+        self.sidecars: dict[str, tuple[str, bytes]] = {}  # by suffix: path, bytes
+
+    def items(self, config: IngestConfig) -> Iterator[Item]:
+        """The images with the label that the sidecars give, and what else there was."""
+        label = _label(_sidecar_value({suffix: data for suffix, (_, data) in self.sidecars.items()}), config)
+        for item in self.images:
+            if isinstance(item, Found) and label is not None:
+                item = item._replace(ref=item.ref._replace(label=label))
+            yield item
+        if not any(isinstance(item, Found | Bad) for item in self.images):
+            yield from (Skipped(path) for path, _ in self.sidecars.values())
+
+
+def _read_tar(file: File, config: IngestConfig) -> Iterator[Item]:
+    """Reads a tar archive member by member; neighbours with one key (name up to its first dot) belong together."""
+    with open_file(file.path) as raw:
+        stream, mode = (gzip.GzipFile(fileobj=raw), "r|") if is_compressed(file.path) else (raw, "r:")
+        group = _Group("")
+        try:
+            for member, data in _members(stream, mode, file, config):
+                key = _key(member.name)
+                if key != group.key:
+                    yield from group.items(config)
+                    group = _Group(key)
+                _add(group, file, member, data, config)
+        except _ARCHIVE_ERRORS as error:
+            yield from group.items(config)
+            yield Bad(file.relative, "damaged_archive", f"it ends too early or is no tar archive ({_describe(error)})")
+            return
+        yield from group.items(config)
+
+
+def _members(
+    stream: Any, mode: Any, file: File, config: IngestConfig
+) -> Iterator[tuple[tarfile.TarInfo, bytes | Bad | None]]:
+    """Yields the ordinary files of an archive with their bytes; None for what is none of ours."""
+    with tarfile.open(fileobj=stream, mode=mode) as archive:
+        while (member := archive.next()) is not None:
+            archive.members.clear()  # type: ignore[attr-defined]  # tarfile remembers every member it has seen
+            if not member.isreg():
+                continue
+            member.name = printable(member.name.removeprefix("./"))
+            if any(_is_ignored(part) for part in member.name.split("/")):
+                continue
+            yield member, _member_data(archive, member, file, config)
+        if mode == "r:":
+            _check_end(stream, archive.offset)
+
+
+def _member_data(
+    archive: tarfile.TarFile, member: tarfile.TarInfo, file: File, config: IngestConfig
+) -> bytes | Bad | None:
+    """Bytes of a member that is an image or labels one."""
+    stream = archive.extractfile(member)
+    if stream is None:
+        return None
+    if os.path.splitext(member.name)[1].lower() in _SIDECARS:
+        return stream.read() if member.size <= _MAX_SIDECAR_BYTES else None
+    if too_long := _too_long(f"{file.relative}/{member.name}", member.size, config):
+        return too_long
+    head = stream.read(16)
+    if kind_of(member.name) is not Kind.image and not looks_like_image(head):
+        return None
+    return head + stream.read()
+
+
+def _check_end(stream: Any, offset: int) -> None:
+    """Refuses an archive whose reading stopped before its end; tarfile takes a broken header for the end."""
+    stream.seek(offset)
+    block = stream.read(tarfile.BLOCKSIZE)
+    if block.strip(b"\0"):
+        raise tarfile.ReadError("a header is broken")
+
+
+def _key(name: str) -> str:
+    """WebDataset's key: folder and name up to the first dot."""
+    folder, slash, base = name.rpartition("/")
+    return folder + slash + base.partition(".")[0]
+
+
+def _add(group: _Group, file: File, member: tarfile.TarInfo, data: bytes | Bad | None, config: IngestConfig) -> None:
+    """Puts a member where it belongs in its group."""
+    path = f"{file.relative}/{member.name}"
+    suffix = os.path.splitext(member.name)[1].lower()
+    if isinstance(data, Bad):
+        group.images.append(data)
+    elif data is None:
+        group.images.append(Skipped(path))
+    elif suffix in _SIDECARS:
+        group.sidecars[suffix] = (path, data)
+    else:
+        ref = Ref(file.path, member.offset_data, member.size, path, _folder_label(member.name, config))
+        group.images.append(Found(ref, data))
+
+
+def _sidecar_value(sidecars: dict[str, bytes]) -> object:
+    """The label that WebDataset's files beside an image give."""
+    if ".cls" in sidecars:
+        return sidecars[".cls"]
+    if ".json" in sidecars:
+        try:
+            fields = json.loads(sidecars[".json"])
+        except ValueError:
+            fields = None
+        if isinstance(fields, dict):
+            found = [fields[name] for name in ("label", "class", "cls") if fields.get(name) is not None]
+            if found:
+                return found[0]
+    line = sidecars.get(".txt", b"").decode("utf-8", "replace").strip()
+    return line if len(line) <= _MAX_TXT_LABEL and "\n" not in line else None
+
+
+# --- TFRecord
+
+
+def _read_tfrecord(file: File, config: IngestConfig) -> Iterator[Item]:
+    """Reads the tf.Examples of a TFRecord file."""
+    with open_file(file.path) as raw:
+        stream: Any = gzip.GzipFile(fileobj=raw) if is_compressed(file.path) else raw
+        try:
+            for number, (offset, record) in enumerate(_records(stream)):
+                yield _read_example(file, f"{file.relative}/{number:08d}", offset, record, config)
+        except _ARCHIVE_ERRORS as error:
+            text = f"it ends too early or is no TFRecord file ({_describe(error)})"
+            yield Bad(file.relative, "damaged_archive", text)
+
+
+def _records(stream: Any) -> Iterator[tuple[int, bytes]]:
+    """Yields offset and bytes of every record: length (8 bytes), its CRC (4), data, its CRC (4).
+
+    The checksum of the length is tested, for a wrong one leads astray; that of the data is left to the image's decoder.
+    """
+    from google_crc32c import value as crc32c
+
+    offset = 0
+    while header := stream.read(12):
+        length, checksum = struct.unpack("<QI", header)
+        crc = crc32c(header[:8])
+        if ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF != checksum:
+            raise OSError(f"the record at byte {offset} has a wrong checksum")
+        record = stream.read(length + 4)[:-4]
+        if len(record) != length:
+            raise EOFError(f"the record at byte {offset} is cut off")
+        yield offset + 12, record
+        offset += length + 16
+
+
+def _read_example(file: File, path: str, offset: int, record: bytes, config: IngestConfig) -> Item:
+    """The image of one tf.Example. Its reference points at the image's bytes themselves, within the record."""
+    from google.protobuf.message import DecodeError
+    from tensorflow.core.example import example_pb2
+
+    try:
+        features = example_pb2.Example.FromString(record).features.feature
+    except DecodeError:
+        return Bad(path, "not_an_example", "the record is no tf.Example")
+    image_keys = (config.image_key,) if config.image_key else _IMAGE_KEYS
+    data = _first_value(features, image_keys)
+    if not isinstance(data, bytes):
+        names = ", ".join(sorted(features)[:8]) or "none"
+        return Bad(path, "no_image", f"no bytes in {' or '.join(image_keys)}; set ingest.image_key to one of: {names}")
+    label = _label(_first_value(features, (config.label_key,) if config.label_key else _LABEL_KEYS), config)
+    return Found(Ref(file.path, offset + record.find(data), len(data), path, label), data)
+
+
+def _first_value(features: Any, names: Iterable[str]) -> bytes | int | None:
+    """The first value of the first feature that is there; features is a map of names to tf.train.Feature."""
+    for name in names:
+        if name in features:
+            feature = features[name]
+            values = getattr(feature, feature.WhichOneof("kind") or "bytes_list").value
+            if len(values):
+                return values[0]
+    return None
+
+
+def _describe(error: Exception) -> str:
+    """An exception as one short line."""
+    return f"{type(error).__name__}: {error}".replace("\n", " ")[:200]
+
+
+def unpack(file: File, destination: str) -> str | None:
+    """Writes a compressed archive's contents to a new file, so that its members can be read in any order.
+
+    Args:
+        file: what to unpack.
+        destination: path to write, local or remote.
+
+    Returns:
+        None, or what went wrong; what could be unpacked before that is in the file.
+    """
+    from apache_beam.io.filesystem import CompressionTypes
+    from apache_beam.io.filesystems import FileSystems
+
+    target = FileSystems.create(destination, compression_type=CompressionTypes.UNCOMPRESSED)
+    with target, open_file(file.path) as raw, gzip.GzipFile(fileobj=raw) as stream:
+        while True:
+            try:
+                block = stream.read(1 << 20)
+            except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+                return _describe(error)
+            if not block:
+                return None
+            target.write(block)

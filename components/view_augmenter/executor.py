@@ -1,0 +1,434 @@
+"""Beam pipeline of ViewAugmenter: each ingested train shard becomes files of its own, so nothing is shuffled."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import apache_beam as beam
+import numpy as np
+import tensorflow as tf
+from apache_beam.io.filesystems import FileSystems
+from tfx import types
+from tfx.components.util import examples_utils
+from tfx.dsl.components.base import base_beam_executor
+from tfx.proto import example_gen_pb2
+from tfx.types import artifact_utils
+
+from trainer_module import config_json, progress
+from trainer_module.config import AugmentConfig, ImageConfig, Where
+from trainer_module.errors import UserError
+from trainer_module.images import stored_image
+from trainer_module.views import view_pair
+
+MANIFEST = "views.json"
+SPLIT = "train"
+_SCRATCH = ".scratch"
+_SPACE_MARGIN = 1.02  # ids and framing of the records
+_REPORT_SECONDS = 0.5
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What one run of the executor does; travels to the workers.
+
+    Attributes:
+        uri: root of the views artifact.
+        image, augment, seed: what decides the bytes.
+        images: how many there are to do, for progress and space.
+    """
+
+    uri: str
+    image: ImageConfig
+    augment: AugmentConfig
+    seed: int
+    images: int
+
+    @property
+    def split_folder(self) -> str:
+        """Folder of the record files."""
+        return f"{self.uri}/Split-{SPLIT}"
+
+    @property
+    def scratch(self) -> str:
+        """Folder of unfinished files, which nobody reads."""
+        return f"{self.uri}/{_SCRATCH}"
+
+    @property
+    def keeps_images(self) -> bool:
+        """Whether the stored images are written."""
+        return self.augment.where is not Where.beam
+
+    @property
+    def pairs(self) -> int:
+        """Pairs of views written for each image."""
+        return 0 if self.augment.where is Where.trainer else self.augment.pairs_per_image
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """One input file and its place among all of them."""
+
+    path: str
+    index: int
+    count: int
+
+    @property
+    def suffix(self) -> str:
+        """What the names of its output files end with."""
+        return f"{self.index:05d}-of-{self.count:05d}.tfrecord"
+
+
+@dataclasses.dataclass(frozen=True)
+class OutputFile:
+    """A finished record file, as the manifest lists it."""
+
+    name: str
+    records: int
+    bytes: int
+
+
+class Executor(base_beam_executor.BaseBeamExecutor):
+    """Writes the views, and views.json last, as the sign of the end."""
+
+    def Do(  # noqa: N802
+        self,
+        input_dict: dict[str, list[types.Artifact]],
+        output_dict: dict[str, list[types.Artifact]],
+        exec_properties: dict[str, Any],
+    ) -> None:
+        """See the base class.
+
+        Raises:
+            UserError: the disk cannot hold the views.
+        """
+        self._log_startup(input_dict, output_dict, exec_properties)
+        views = artifact_utils.get_single_instance(output_dict["views"])
+        shards = find_shards(artifact_utils.get_split_uri(input_dict["examples"], SPLIT))
+        examples = artifact_utils.get_single_instance(input_dict["examples"])
+        job = make_job(exec_properties, views.uri, count_images(examples, shards))
+        check_space(job)
+        with _scratch_folder(job):
+            self._run(job, shards)
+            files = _read_file_list(job)
+        _write_json(f"{job.uri}/{MANIFEST}", make_manifest(job, files))
+        _describe_artifact(views, job, files)
+
+    def _run(self, job: Job, shards: list[Shard]) -> None:
+        try:
+            with self._make_beam_pipeline() as pipeline:
+                _ = (
+                    pipeline
+                    | "Shards" >> beam.Create(shards)
+                    | "MakeViews" >> MakeViews(job)
+                    | "ListFiles" >> beam.combiners.ToList()
+                    | "WriteFileList" >> beam.Map(_write_file_list, job)
+                )
+        except Exception as error:
+            if "No space left on device" in str(error) or "Disk quota exceeded" in str(error):
+                raise UserError(f"no space left while writing {job.uri}: free some and run again") from error
+            raise
+
+
+class MakeViews(beam.PTransform):
+    """Shards to the files made from them: PCollection of Shard -> PCollection of OutputFile."""
+
+    def __init__(self, job: Job):
+        super().__init__()
+        self._job = job
+
+    def expand(self, shards: beam.PCollection) -> beam.PCollection:
+        """Spreads the shards over the workers and maps each."""
+        return shards | "Spread" >> beam.Reshuffle() | "Write" >> beam.ParDo(MakeViewsFn(self._job))
+
+
+class MakeViewsFn(beam.DoFn):
+    """Streams one shard through TensorFlow into its output files.
+
+    Files appear under their names only when they are whole, and have the same bytes whenever they are made again, so a
+    bundle may be retried, or run twice at once.
+    """
+
+    def __init__(self, job: Job):
+        self._job = job
+        self._progress = _Progress(job)
+
+    def setup(self) -> None:
+        """Traces the graph once for all shards of this worker."""
+        self._stream = ViewStream(self._job)
+
+    def process(self, shard: Shard) -> Iterable[OutputFile]:
+        """Writes the files of one shard."""
+        with _ShardWriter(self._job, shard) as writer:
+            for example in self._stream.examples(shard.path):
+                writer.write(example)
+                self._progress.add(example)
+            return writer.publish()
+
+
+@dataclasses.dataclass(frozen=True)
+class Views:
+    """What the stream gives for one image and one pair.
+
+    Attributes:
+        id: hex SHA-256.
+        pair: its index, 0 where there are no pairs.
+        png: the stored image, b"" where it is not kept.
+        pixels: uint8 [2, size, size, 3], query and key, or [0] where there are no pairs.
+    """
+
+    id: bytes
+    pair: int
+    png: bytes
+    pixels: np.ndarray
+
+
+class ViewStream:
+    """Reads ingested examples and makes views, in parallel and in order, holding a few images at a time."""
+
+    def __init__(self, job: Job):
+        """Traces; costs about a second."""
+        self._job = job
+        spec, size = tf.TensorSpec, job.augment.size
+
+        @tf.function(input_signature=[spec([], tf.string)], autograph=False)
+        def store(record: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+            features = {name: tf.io.FixedLenFeature([], tf.string) for name in ("image/encoded", "image/sha256")}
+            parsed = tf.io.parse_single_example(record, features)
+            image = stored_image(parsed["image/encoded"], job.image)
+            png = tf.io.encode_png(image, compression=0) if job.keeps_images else tf.constant(b"")
+            return parsed["image/sha256"], png, image
+
+        @tf.function(
+            input_signature=[spec([], tf.string), spec([None, None, 3], tf.uint8), spec([], tf.int64)], autograph=False
+        )
+        def make_pair(id_hex: tf.Tensor, image: tf.Tensor, pair: tf.Tensor) -> tf.Tensor:
+            return tf.ensure_shape(view_pair(image, id_hex, pair, job.seed, job.augment), [2, size, size, 3])
+
+        self._store, self._make_pair = store, make_pair
+
+    def examples(self, path: str) -> Iterator[Views]:
+        """The views of one shard, image by image, pair by pair.
+
+        Raises:
+            RuntimeError: a record cannot be decoded, which ingestion had proved.
+        """
+        try:
+            for id_hex, png, pair, pixels in self._dataset(path).as_numpy_iterator():
+                yield Views(id_hex, int(pair), png, pixels)
+        except (tf.errors.InvalidArgumentError, tf.errors.DataLossError) as error:
+            raise RuntimeError(f"{path} has a record that cannot be read, though ingestion proved it") from error
+
+    def _dataset(self, path: str) -> tf.data.Dataset:
+        records = tf.data.TFRecordDataset(path, compression_type=_compression(path))
+        stored = records.map(self._store, num_parallel_calls=tf.data.AUTOTUNE)
+        if self._job.pairs:
+            dataset = stored.flat_map(self._each_pair).map(self._views, num_parallel_calls=tf.data.AUTOTUNE)
+        else:
+            dataset = stored.map(lambda id_hex, png, _: (id_hex, png, 0, tf.zeros([0], tf.uint8)))
+        options = tf.data.Options()
+        options.deterministic = True
+        return dataset.prefetch(1).with_options(options)
+
+    def _each_pair(self, id_hex: tf.Tensor, png: tf.Tensor, image: tf.Tensor) -> tf.data.Dataset:
+        return tf.data.Dataset.range(self._job.pairs).map(lambda pair: (id_hex, png, image, pair))
+
+    def _views(
+        self, id_hex: tf.Tensor, png: tf.Tensor, image: tf.Tensor, pair: tf.Tensor
+    ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor]:
+        return id_hex, png, pair, self._make_pair(id_hex, image, pair)
+
+
+class _ShardWriter:
+    """Writes the files of one shard beside their final place, and moves them there when they are whole."""
+
+    def __init__(self, job: Job, shard: Shard):
+        self._job, self._shard = job, shard
+        self._folder = f"{job.scratch}/{uuid.uuid4().hex}"
+        self._writers: dict[str, tf.io.TFRecordWriter] = {}
+        self._records: dict[str, int] = {}
+
+    def __enter__(self) -> "_ShardWriter":
+        tf.io.gfile.makedirs(self._folder)
+        for name in self._names():
+            self._writers[name] = tf.io.TFRecordWriter(f"{self._folder}/{name}")
+            self._records[name] = 0
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for writer in self._writers.values():
+            writer.close()
+        tf.io.gfile.rmtree(self._folder)
+
+    def write(self, views: Views) -> None:
+        """Adds one pair, and the stored image along with the first."""
+        if self._job.keeps_images and views.pair == 0:
+            self._add(self._images_name(), {"id": views.id, "image": views.png})
+        if self._job.pairs:
+            query, key = views.pixels
+            self._add(self._views_name(views.pair), {"id": views.id, "query": query.tobytes(), "key": key.tobytes()})
+
+    def publish(self) -> list[OutputFile]:
+        """Closes the files and gives them their names."""
+        while self._writers:
+            self._writers.popitem()[1].close()
+        names = list(self._records)
+        parts = [f"{self._folder}/{name}" for name in names]
+        sizes = [tf.io.gfile.stat(part).length for part in parts]
+        FileSystems.rename(parts, [f"{self._job.split_folder}/{name}" for name in names])
+        return [OutputFile(name, self._records[name], size) for name, size in zip(names, sizes, strict=True)]
+
+    def _add(self, name: str, features: dict[str, bytes]) -> None:
+        self._writers[name].write(_serialise(features))
+        self._records[name] += 1
+
+    def _names(self) -> list[str]:
+        images = [self._images_name()] if self._job.keeps_images else []
+        return images + [self._views_name(pair) for pair in range(self._job.pairs)]
+
+    def _images_name(self) -> str:
+        return f"images-{self._shard.suffix}"
+
+    def _views_name(self, pair: int) -> str:
+        return f"views-p{pair:04d}-{self._shard.suffix}"
+
+
+class _Progress:
+    """Counts what one worker has done and reports it now and then."""
+
+    def __init__(self, job: Job):
+        self._task, self._unit = ("make views", "pairs") if job.pairs else ("store images", "images")
+        self._total = job.images * max(1, job.pairs)
+        self._done = 0
+        self._next = 0.0
+
+    def add(self, _: Views) -> None:
+        """One more."""
+        self._done += 1
+        now = time.monotonic()
+        if now >= self._next or self._done == self._total:
+            self._next = now + _REPORT_SECONDS
+            progress.report(self._task, self._done, self._total, self._unit)
+
+
+def make_job(exec_properties: dict[str, Any], uri: str, images: int) -> Job:
+    """Rebuilds the job from TFX's execution properties."""
+    image = config_json.loads(ImageConfig, exec_properties["image"])
+    augment = config_json.loads(AugmentConfig, exec_properties["augment"])
+    return Job(uri.rstrip("/"), image, augment, exec_properties["seed"], images)
+
+
+def find_shards(folder: str) -> list[Shard]:
+    """The files of a split, in the order of their names."""
+    names = sorted(name for name in tf.io.gfile.listdir(folder) if not name.startswith("."))
+    return [Shard(f"{folder}/{name}", index, len(names)) for index, name in enumerate(names)]
+
+
+def count_images(examples: types.Artifact, shards: list[Shard]) -> int:
+    """Images of the train split: as ImageExampleGen noted them on the artifact, else counted."""
+    if examples.has_custom_property(SPLIT):
+        return examples.get_int_custom_property(SPLIT)
+    return sum(1 for shard in shards for _ in tf.data.TFRecordDataset(shard.path, _compression(shard.path)))
+
+
+def needed_bytes(job: Job) -> int:
+    """What the output files will take on disk; for stored images, at the least."""
+    pixels = job.pairs * 2 * job.augment.size**2 + job.keeps_images * job.image.storage_size**2
+    return round(job.images * pixels * 3 * _SPACE_MARGIN)
+
+
+def check_space(job: Job) -> None:
+    """Refuses to start where the disk cannot hold what will be written. Buckets have no end.
+
+    Raises:
+        UserError: names both figures.
+    """
+    if "://" in job.uri:
+        return
+    folder = job.uri
+    while not os.path.isdir(folder):
+        folder = os.path.dirname(folder) or "."
+    free, need = shutil.disk_usage(folder).free, needed_bytes(job)
+    if free < need:
+        raise UserError(
+            f"{free / 1e9:.1f} GB are free in {folder} and {job.pairs} pairs of views of {job.images} images need "
+            f"{need / 1e9:.1f} GB: lower augment.pairs_per_image, set augment.where=trainer, or use another --workdir"
+        )
+
+
+def make_manifest(job: Job, files: list[OutputFile]) -> dict[str, Any]:
+    """The content of views.json."""
+    return {
+        "size": job.augment.size,
+        "storage_size": job.image.storage_size,
+        "images": job.images,
+        "pairs_per_image": job.pairs,
+        "where": job.augment.where.name,
+        "seed": job.seed,
+        "files": [dataclasses.asdict(file) for file in files],
+    }
+
+
+def _read_file_list(job: Job) -> list[OutputFile]:
+    """What the pipeline wrote, checked to be everything.
+
+    Raises:
+        RuntimeError: records are missing.
+    """
+    with tf.io.gfile.GFile(_file_list(job)) as file:
+        files = [OutputFile(**entry) for entry in json.load(file)]
+    expected, found = job.images * (job.pairs + job.keeps_images), sum(file.records for file in files)
+    if found != expected:
+        raise RuntimeError(f"{job.uri} has {found} records instead of {expected}")
+    return files
+
+
+def _write_file_list(files: list[OutputFile], job: Job) -> None:
+    ordered = sorted(files, key=lambda file: file.name)
+    _write_json(_file_list(job), [dataclasses.asdict(file) for file in ordered])
+
+
+def _file_list(job: Job) -> str:
+    return f"{job.scratch}/files.json"
+
+
+def _write_json(path: str, content: Any) -> None:
+    """Writes a file that is there whole or not at all."""
+    part = f"{path}.{uuid.uuid4().hex}"
+    with tf.io.gfile.GFile(part, "w") as file:
+        file.write(json.dumps(content, indent=2) + "\n")
+    tf.io.gfile.rename(part, path, overwrite=True)
+
+
+@contextlib.contextmanager
+def _scratch_folder(job: Job) -> Iterator[None]:
+    tf.io.gfile.makedirs(job.split_folder)
+    tf.io.gfile.makedirs(job.scratch)
+    try:
+        yield
+    finally:
+        tf.io.gfile.rmtree(job.scratch)
+
+
+def _describe_artifact(views: types.Artifact, job: Job, files: list[OutputFile]) -> None:
+    """Sets what the following components read of the artifact, and the counts."""
+    views.split_names = artifact_utils.encode_split_names([SPLIT])
+    examples_utils.set_payload_format(views, example_gen_pb2.PayloadFormat.FORMAT_TF_EXAMPLE)
+    views.set_int_custom_property("images", job.images)
+    views.set_int_custom_property("pairs", job.images * job.pairs)
+    views.set_int_custom_property("bytes", sum(file.bytes for file in files))
+
+
+def _compression(path: str) -> str:
+    return "GZIP" if path.endswith(".gz") else ""
+
+
+def _serialise(features: dict[str, bytes]) -> bytes:
+    feature = {name: tf.train.Feature(bytes_list=tf.train.BytesList(value=[value])) for name, value in features.items()}
+    example = tf.train.Example(features=tf.train.Features(feature=feature))
+    return example.SerializeToString(deterministic=True)

@@ -1,0 +1,17 @@
+"""What ViewAugmenter takes and gives."""
+
+from tfx.types import standard_artifacts
+from tfx.types.component_spec import ChannelParameter, ComponentSpec, ExecutionParameter
+
+
+class ViewAugmenterSpec(ComponentSpec):
+    """Examples in, views out; the configurations are JSON texts of trainer_module.config_json."""
+
+    PARAMETERS = {  # noqa: RUF012
+        "image": ExecutionParameter(type=str),
+        "augment": ExecutionParameter(type=str),
+        "seed": ExecutionParameter(type=int),
+        "code": ExecutionParameter(type=str),
+    }
+    INPUTS = {"examples": ChannelParameter(type=standard_artifacts.Examples)}  # noqa: RUF012
+    OUTPUTS = {"views": ChannelParameter(type=standard_artifacts.Examples)}  # noqa: RUF012

@@ -1,0 +1,50 @@
+"""Benchmarks: each module of this package measures one thing and holds `measure() -> Mapping[str, float]`.
+
+A figure's name says its unit ("images_per_second", "peak_mib"). The first line of a module's docstring is its entry
+in `./moco bench --help`.
+"""
+
+import ast
+import importlib
+import json
+import os
+from pathlib import Path
+
+from pipeline import console
+from trainer_module.errors import UserError
+
+
+def available() -> dict[str, str]:
+    """Returns the benchmarks' names with what each measures, without importing them."""
+    modules = sorted(path for path in Path(__file__).parent.glob("*.py") if not path.stem.startswith("_"))
+    return {path.stem: _summary(path) for path in modules}
+
+
+def run(name: str, json_file: str | None) -> None:
+    """Runs one benchmark, prints its figures and writes them as JSON if asked.
+
+    Args:
+        name: one of `available()`.
+        json_file: where to write {"benchmark": name, "figures": {figure: value}}.
+
+    Raises:
+        UserError: the folder of `json_file` is missing.
+    """
+    if json_file and not Path(json_file).absolute().parent.is_dir():
+        raise UserError(f"--json {json_file}: the folder {Path(json_file).parent} does not exist; make it first")
+    figures = dict(importlib.import_module(f"{__name__}.{name}").measure())
+    for figure, value in figures.items():
+        console.line(f"{figure:<44} {value:>14,.2f}")
+    if json_file:
+        _write(Path(json_file), json.dumps({"benchmark": name, "figures": figures}, indent=2) + "\n")
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def _summary(path: Path) -> str:
+    docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    return docstring.partition("\n")[0]

@@ -1,0 +1,398 @@
+"""The command line: what a person types, and what a wrong word or a failure answers.
+
+Nothing heavy is imported until a command needs it, so that help and refusals answer at once.
+"""
+
+import argparse
+import ast
+import difflib
+import errno
+import os
+import re
+import subprocess
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from pipeline import bench
+from trainer_module.errors import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+DEMO_IMAGES = ROOT / "configs" / "demo_images" / "*.tar"
+
+DONE, FAILED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
+
+_DESCRIPTION = "Train, check, publish and use a visual encoder by Momentum Contrast (MoCo) on your own images."
+_SEE = "'./moco COMMAND --help' explains a command, with an example."
+_CONTINUES = ("demo", "run")
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs one command.
+
+    Args:
+        arguments: what was typed after `moco`.
+
+    Returns:
+        The exit code: 0 done; 1 the run failed, or was not blessed where that was required; 2 the input or the
+        configuration is wrong, said in one line; 130 interrupted.
+    """
+    debug = "--debug" in arguments and arguments[:1] != ["test"]
+    try:
+        return _dispatch(list(arguments))
+    except KeyboardInterrupt:
+        hint = "; the same command continues" if arguments and arguments[0] in _CONTINUES else ""
+        print(f"moco: interrupted{hint}", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # whoever read our output, such as head, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    except Exception as error:
+        return _explain(error, debug)
+
+
+def _dispatch(arguments: list[str]) -> int:
+    if arguments[:1] == ["test"] and not {"-h", "--help"} & set(arguments):
+        return _test(arguments[1:])  # argparse would take pytest's options for its own
+    _check_command(arguments)
+    try:
+        options = _parse(arguments)
+    except SystemExit as end:  # argparse leaves so after --help
+        return int(end.code or 0)
+    command = {"demo": _demo, "run": _run, "embed": _embed, "bench": _bench}[options.command]
+    return command(options)
+
+
+# The words: parsers and their help.
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser that refuses in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see ./{self.prog} --help")
+
+
+def _check_command(arguments: Sequence[str]) -> None:
+    known = list(_COMMANDS)
+    typed = arguments[0] if arguments else ""
+    if not typed:
+        raise UserError(f"no command; one of: {', '.join(known)} (see ./moco --help)")
+    if typed in ("-h", "--help"):
+        return
+    if typed.startswith("-"):
+        raise UserError(f"{typed}: the command comes first; one of: {', '.join(known)} (see ./moco --help)")
+    if typed not in known:
+        near = max(known, key=lambda name: difflib.SequenceMatcher(None, typed, name).ratio())
+        raise UserError(f"{typed!r} is no command; did you mean {near}? Commands: {', '.join(known)}")
+
+
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = _Parser(prog="moco", description=_DESCRIPTION, epilog=_SEE)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, (add, summary) in _COMMANDS.items():
+        command = commands.add_parser(
+            name,
+            prog=f"moco {name}",
+            help=summary,
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        add(command)
+    options, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        known = re.findall(r"(?<!\S)--[a-z-]+", commands.choices[options.command].format_help())
+        near = difflib.get_close_matches(unknown[0], known, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"see ./moco {options.command} --help"
+        raise UserError(f"{options.command} takes no {unknown[0]}; {hint}")
+    return options
+
+
+def _add_demo(parser: argparse.ArgumentParser) -> None:
+    parser.description = """\
+Takes the 2,226 sample pictures that come with this project through the whole pipeline: reads and checks them, makes
+augmented views, trains a small encoder, evaluates it, and publishes it if it is good enough. Takes a few minutes on
+two cores. Typed again, it reuses what is done already."""
+    parser.epilog = "example:\n  ./moco demo --workdir /tmp/moco-demo"
+    parser.add_argument(
+        "--workdir", default="moco-demo", metavar="DIR", help="folder for everything made (default: ./moco-demo)"
+    )
+    parser.add_argument("--seed", metavar="N", help="another seed gives another split, other views, other weights")
+    _add_talk(parser)
+
+
+def _add_run(parser: argparse.ArgumentParser) -> None:
+    parser.description = """\
+Takes your images through the whole pipeline, into a trained, evaluated and published encoder. Typed again, it reuses
+every stage whose input, settings and code did not change, and continues what was interrupted."""
+    parser.epilog = """\
+examples:
+  ./moco run --images photos/ --workdir runs/photos
+  ./moco run --images 'gs://bucket/photos/*.tar' --workdir runs/photos --config cifar --set train.epochs=50
+
+A preset is a file in configs/; configs/moco_v2.yaml lists every key. A file of your own names the preset that it
+changes and holds only the differences:
+  preset: moco_v2
+  train:
+    epochs: 100
+DIR/result.json holds the outcome."""
+    parser.add_argument(
+        "--images",
+        required=True,
+        metavar="SRC",
+        help="a folder (its first level of folders is the label, if there is one), a glob, tar files, TFRecords, or "
+        "any of them on gs://; quote a glob",
+    )
+    parser.add_argument(
+        "--workdir", required=True, metavar="DIR", help="folder for everything made; created if missing"
+    )
+    parser.add_argument(
+        "--config", default="moco_v2", metavar="PRESET|FILE", help="a preset or a YAML file (default: moco_v2)"
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        dest="overrides",
+        metavar="KEY=VALUE",
+        help="changes one key, e.g. --set train.epochs=50; may be repeated",
+    )
+    parser.add_argument(
+        "--require-blessing", action="store_true", help="exit with code 1 if the model does not pass the evaluation"
+    )
+    _add_talk(parser)
+
+
+def _add_test(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Runs the project's tests with pytest, and says first what each group covers."
+    parser.epilog = """\
+Everything after 'test' goes to pytest.
+examples:
+  ./moco test
+  ./moco test tests/pipeline -x
+  ./moco test -k config"""
+    parser.add_argument("arguments", nargs="*", metavar="PYTEST_ARGUMENT", help="handed to pytest as they are")
+
+
+def _add_embed(parser: argparse.ArgumentParser) -> None:
+    parser.description = """\
+Embeds images with a published encoder: one row for each image, with path, sha256, embedding (unit length) and error.
+An image that cannot be read gets a row with its error and never stops the rest."""
+    parser.epilog = "example:\n  ./moco embed --model moco-demo/serving/encoder --images photos/ --out photos.parquet"
+    parser.add_argument(
+        "--model",
+        required=True,
+        metavar="DIR",
+        help="a SavedModel, or a folder of numbered versions, of which the newest complete one is taken; may be gs://",
+    )
+    parser.add_argument("--images", required=True, metavar="SRC", help="as for './moco run'")
+    parser.add_argument(
+        "--out", required=True, metavar="FILE", help="FILE.npz, or FILE.parquet (which is written batch by batch)"
+    )
+    parser.add_argument(
+        "--batch", type=int, default=64, metavar="N", help="images in one call of the model (default: 64)"
+    )
+    _add_talk(parser)
+
+
+def _add_bench(parser: argparse.ArgumentParser) -> None:
+    names = bench.available()
+    width = max(map(len, names), default=0)
+    parser.description = "Measures and prints figures:\n" + "\n".join(
+        f"  {name:<{width}}  {summary}" for name, summary in names.items()
+    )
+    parser.epilog = f"example:\n  ./moco bench {next(iter(names), 'NAME')} --json figures.json"
+    parser.add_argument("name", metavar="NAME", help=", ".join(names))
+    parser.add_argument("--json", metavar="FILE", help="also write the figures there")
+    _add_talk(parser)
+
+
+def _add_talk(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--verbose", action="store_true", help="show what TensorFlow, Beam and TFX have to say")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of a refusal")
+
+
+_COMMANDS = {
+    "demo": (_add_demo, "the whole pipeline on the sample images that come with this project"),
+    "run": (_add_run, "the whole pipeline on your images"),
+    "test": (_add_test, "the project's tests"),
+    "embed": (_add_embed, "embed images with a published encoder"),
+    "bench": (_add_bench, "measure speed and memory"),
+}
+
+
+# The deeds.
+
+
+def _demo(options: argparse.Namespace) -> int:
+    seed = [] if options.seed is None else [f"seed={options.seed}"]
+    return _pipeline(str(DEMO_IMAGES), options.workdir, "demo", seed, require_blessing=False, verbose=options.verbose)
+
+
+def _run(options: argparse.Namespace) -> int:
+    return _pipeline(
+        options.images,
+        options.workdir,
+        options.config,
+        options.overrides,
+        require_blessing=options.require_blessing,
+        verbose=options.verbose,
+    )
+
+
+def _pipeline(
+    images: str, workdir: str, preset_or_file: str, overrides: Sequence[str], *, require_blessing: bool, verbose: bool
+) -> int:
+    from pipeline import config, console
+
+    settings = config.load(preset_or_file, overrides)
+    workdir = os.path.expanduser(workdir)
+    check_workdir(workdir, images)
+    console.quiet(verbose)
+    from components.image_example_gen import sources
+
+    sources.check(images)
+    Path(workdir).mkdir(parents=True, exist_ok=True)
+    from pipeline import local
+
+    with console.progress_shown():
+        return local.run(settings, images, workdir, require_blessing=require_blessing)
+
+
+def _embed(options: argparse.Namespace) -> int:
+    from pipeline import console
+
+    console.quiet(options.verbose)
+    from pipeline import embed
+
+    with console.progress_shown():
+        console.line(str(embed.embed(options.model, options.images, options.out, options.batch)))
+    return DONE
+
+
+def _bench(options: argparse.Namespace) -> int:
+    from pipeline import console
+
+    names = list(bench.available())
+    if options.name not in names:
+        near = difflib.get_close_matches(options.name, names, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise UserError(f"{options.name!r} is no benchmark; {hint}Benchmarks: {', '.join(names) or 'none'}")
+    console.quiet(options.verbose)
+    with console.progress_shown():
+        bench.run(options.name, options.json)
+    return DONE
+
+
+def _test(arguments: Sequence[str]) -> int:
+    for text in test_groups(ROOT / "tests"):
+        print(text)
+    sys.stdout.flush()
+    # A process of its own, in the project's root: tests must not see what this one has imported or been given.
+    return subprocess.call([sys.executable, "-m", "pytest", *arguments], cwd=ROOT)
+
+
+def test_groups(tests: Path) -> list[str]:
+    """Returns a line for each folder of tests and, indented, for each module in it what its docstring says."""
+    lines: list[str] = []
+    for folder in sorted({path.parent for path in tests.rglob("test_*.py")}):
+        lines.append(str(folder.relative_to(tests.parent)))
+        for path in sorted(folder.glob("test_*.py")):
+            docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+            lines.append(f"  {path.stem.removeprefix('test_'):<20} {docstring.partition(chr(10))[0]}".rstrip())
+    return lines
+
+
+# What is wrong, in one line.
+
+
+def check_workdir(workdir: str, images: str) -> None:
+    """Refuses a working folder that cannot be written or that a run would take for images.
+
+    Raises:
+        UserError: it is remote, a file, not writable, or inside the folder of images.
+    """
+    if "://" in workdir:
+        raise UserError(f"--workdir {workdir}: must be a folder on this machine, e.g. --workdir ./run")
+    path = Path(workdir).expanduser().absolute()
+    if path.exists() and not path.is_dir():
+        raise UserError(f"--workdir {workdir}: is a file; name a folder")
+    existing = next(parent for parent in (path, *path.parents) if parent.exists())
+    if not existing.is_dir():
+        raise UserError(f"--workdir {workdir}: {existing} is a file; name a folder")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"--workdir {workdir}: {existing} is not writable; choose another folder or change its rights")
+    if _is_read(path.resolve(), images):
+        raise UserError(
+            f"--workdir {workdir}: lies inside --images {images}, so a run would read its own files as images; "
+            "choose a folder outside"
+        )
+
+
+def _is_read(folder: Path, images: str) -> bool:
+    """Whether a source reads the files below a folder, which need not exist yet."""
+    if "://" in images:
+        return False
+    source = Path(os.path.expanduser(images)).absolute()
+    if source.exists():
+        return folder.is_relative_to(source.resolve())
+    depth = next((at for at, part in enumerate(source.parts) if re.search(r"[*?\[{]", part)), len(source.parts))
+    base = Path(*source.parts[:depth]).resolve()
+    if not folder.is_relative_to(base):
+        return False
+    # A glob's matches that are folders are read whole, so a match above the folder counts.
+    pattern = re.sub(r"\{.*?\}", "*", str(base.joinpath(*source.parts[depth:])))
+    return "**" in pattern or any(above.match(pattern) for above in (folder, *folder.parents))
+
+
+def _explain(error: Exception, debug: bool) -> int:
+    """Says what went wrong on standard error and returns the exit code."""
+    refusal = user_error(error)
+    if debug or refusal is None:
+        traceback.print_exception(error)
+    if refusal is None:
+        print(
+            f"moco: {type(error).__name__}: this is a fault of this program, not of your input; please report it with "
+            "the lines above",
+            file=sys.stderr,
+        )
+        return FAILED
+    print(f"moco: {refusal}", file=sys.stderr)
+    return WRONG_INPUT
+
+
+def user_error(error: BaseException) -> str | None:
+    """Returns the one line that a user can act on, or None where the fault is ours.
+
+    Beam raises what a DoFn raised as a RuntimeError whose text is the worker's traceback, so texts are searched too.
+    """
+    chain = list(_chain(error))
+    for link in chain:
+        if isinstance(link, UserError):
+            return _without_step(str(link))
+    for link in chain:
+        if isinstance(link, OSError) and link.errno == errno.ENOSPC:
+            where = f" while writing {link.filename}" if link.filename else ""
+            return f"no space left on the disk{where}; free some or choose another folder"
+    for link in chain:
+        text = str(link)
+        if found := re.search(r"^(?:[\w.]+\.)?UserError: (.+)$", text, re.MULTILINE):
+            return _without_step(found[1])
+        if re.search(r"\[Errno 28\]|No space left on device", text):
+            return "no space left on the disk; free some or choose another folder"
+    return None
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+
+
+def _without_step(text: str) -> str:
+    """Drops Beam's " [while running 'step']"."""
+    return re.sub(r" \[while running '.*", "", text.partition("\n")[0])

@@ -1,0 +1,152 @@
+"""The pipeline: what feeds what. A pure function of its arguments; paths and metadata are the runner's business."""
+
+import dataclasses
+import json
+
+from components.evaluator import eval_model
+from components.evaluator.baseline import LatestOtherBlessedModelStrategy
+from components.evaluator.eval_config import make_eval_config
+from components.image_example_gen.component import ImageExampleGen
+from components.pusher import executor as pusher_executor
+from components.transform import preprocessing
+from components.transform.statistics import stats_options
+from components.view_augmenter.component import ViewAugmenter
+from ml_metadata.proto import metadata_store_pb2
+from tfx import v1 as tfx
+from tfx.dsl.components.base import executor_spec
+from tfx.types import Channel, standard_artifacts
+
+from pipeline import fingerprint
+from pipeline.config import Config, flatten
+from trainer_module import run_fn
+from trainer_module.run_fn import Experiment
+
+
+@dataclasses.dataclass(frozen=True)
+class Places:
+    """Where a runner keeps things.
+
+    Attributes:
+        root: folder of the artifacts.
+        serving: folder of the published versions.
+        checkpoints: folder of the training checkpoints, which outlives a failed execution.
+    """
+
+    root: str
+    serving: str
+    checkpoints: str
+
+
+def create_pipeline(
+    config: Config,
+    images: str,
+    places: Places,
+    metadata: metadata_store_pb2.ConnectionConfig | None,
+    beam_pipeline_args: list[str],
+) -> tfx.dsl.Pipeline:
+    """Builds the pipeline.
+
+    Args:
+        config: a validated configuration.
+        images: folder, file or glob of the images, see components.image_example_gen.sources.
+        places: of the artifacts.
+        metadata: connection to ML Metadata; None where the orchestrator brings its own.
+        beam_pipeline_args: flags for Beam; the runner is named there.
+    """
+    example_gen = ImageExampleGen(
+        images, config.ingest, code=fingerprint.of("components.image_example_gen.component")
+    ).with_id("ImageExampleGen")
+    examples = example_gen.outputs["examples"]
+    statistics_gen = tfx.components.StatisticsGen(examples, stats_options=stats_options()).with_id("StatisticsGen")
+    # The schema knows the labels of the train split only, so a new label in the eval split is an anomaly.
+    schema_gen = tfx.components.SchemaGen(
+        statistics=statistics_gen.outputs["statistics"], exclude_splits=["eval"]
+    ).with_id("SchemaGen")
+    schema = schema_gen.outputs["schema"]
+    validator = tfx.components.ExampleValidator(statistics=statistics_gen.outputs["statistics"], schema=schema).with_id(
+        "ExampleValidator"
+    )
+    transform = tfx.components.Transform(
+        examples=examples,
+        schema=schema,
+        preprocessing_fn=f"{preprocessing.__name__}.preprocessing_fn",
+        custom_config=preprocessing.make_custom_config(config.image, fingerprint.of(preprocessing.__name__)),
+        splits_config=tfx.proto.SplitsConfig(analyze=["train"], transform=["train", "eval"]),
+        materialize=False,
+        disable_statistics=True,
+    ).with_id("Transform")
+    augmenter = ViewAugmenter(
+        examples=examples,
+        image=config.image,
+        augment=config.augment,
+        seed=config.seed,
+        code=fingerprint.of("components.view_augmenter.component"),
+    ).with_id("ViewAugmenter")
+    trainer = _trainer(config, augmenter.outputs["views"], transform.outputs["transform_graph"], places)
+    model = trainer.outputs["model"]
+    baseline = tfx.dsl.Resolver(
+        strategy_class=LatestOtherBlessedModelStrategy,
+        candidate=model,
+        model=Channel(type=standard_artifacts.Model),
+        model_blessing=Channel(type=standard_artifacts.ModelBlessing),
+    ).with_id("BaselineResolver")
+    evaluator = tfx.components.Evaluator(
+        examples=examples,
+        model=model,
+        baseline_model=baseline.outputs["model"],
+        example_splits=["train", "eval"],
+        eval_config=make_eval_config(config.evaluate, fingerprint.of("components.evaluator.eval_config")),
+        module_path=eval_model.MODULE_PATH,
+    ).with_id("Evaluator")
+    pusher = tfx.components.Pusher(
+        model=model,
+        model_blessing=evaluator.outputs["blessing"],
+        push_destination=tfx.proto.PushDestination(
+            filesystem=tfx.proto.PushDestination.Filesystem(base_directory=places.serving)
+        ),
+        custom_config={
+            pusher_executor.CARD: json.dumps({"config": flatten(config)}, sort_keys=True),
+            "code": fingerprint.of(pusher_executor.__name__),
+        },
+        custom_executor_spec=executor_spec.ExecutorClassSpec(pusher_executor.Executor),
+    ).with_id("Pusher")
+    return tfx.dsl.Pipeline(
+        pipeline_name="moco",
+        pipeline_root=places.root,
+        components=[
+            example_gen,
+            statistics_gen,
+            schema_gen,
+            validator,
+            transform,
+            augmenter,
+            trainer,
+            baseline,
+            evaluator,
+            pusher,
+        ],
+        enable_cache=True,
+        metadata_connection_config=metadata,
+        beam_pipeline_args=beam_pipeline_args,
+    )
+
+
+def _trainer(config: Config, views: Channel, transform_graph: Channel, places: Places) -> tfx.components.Trainer:
+    experiment = Experiment(
+        image=config.image,
+        augment=config.augment,
+        encoder=config.encoder,
+        train=config.train,
+        seed=config.seed,
+        checkpoints=places.checkpoints,
+        code=fingerprint.of(run_fn.__name__),
+    )
+    return tfx.components.Trainer(
+        run_fn=f"{run_fn.__name__}.run_fn",
+        examples=views,
+        transform_graph=transform_graph,
+        # The loop counts epochs, not TFX's steps; views exist of the train split alone.
+        train_args=tfx.proto.TrainArgs(splits=["train"]),
+        eval_args=tfx.proto.EvalArgs(splits=["train"]),
+        custom_config=experiment.to_custom_config(),
+    ).with_id("Trainer")

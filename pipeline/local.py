@@ -1,0 +1,160 @@
+"""Runs the pipeline on this machine: LocalDagRunner, SQLite metadata, Beam in this process.
+
+A working directory holds everything: artifacts, metadata, checkpoints, published versions, config.yaml, log.txt and
+result.json. The same command continues a killed run and takes from the cache what did not change.
+"""
+
+import contextlib
+import datetime
+import fcntl
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from ml_metadata.proto import metadata_store_pb2
+from tfx import v1 as tfx
+from tfx.orchestration import metadata
+from tfx.orchestration.local import local_dag_runner, runner_utils
+from tfx.orchestration.portable import launcher, runtime_parameter_utils
+from tfx.orchestration.portable.mlmd import execution_lib
+from tfx.proto.orchestration import pipeline_pb2
+
+from pipeline import console, report
+from pipeline.config import Config, to_yaml
+from pipeline.create_pipeline import Places, create_pipeline
+from trainer_module.driver import prepare_devices
+from trainer_module.errors import UserError
+
+# Newer Beam would otherwise choose Prism, which downloads a binary; and in memory it is several times faster than with
+# worker processes, each of which imports TensorFlow anew.
+BEAM_ARGUMENTS = [
+    "--runner=apache_beam.runners.portability.fn_api_runner.FnApiRunner",
+    "--direct_running_mode=in_memory",
+    "--direct_num_workers=1",
+]
+_RUN_ID = "pipeline-run-id"
+_EXECUTION = metadata_store_pb2.Execution
+
+
+def run(config: Config, images: str, workdir: str, *, require_blessing: bool = False) -> int:
+    """Runs the pipeline and reports.
+
+    Args:
+        config: validated.
+        images: folder, file or glob.
+        workdir: made if missing.
+        require_blessing: whether a model that is not blessed makes the exit code 1.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        UserError: the input is wrong, or another run uses the working directory.
+    """
+    home = Path(workdir).absolute()
+    home.mkdir(parents=True, exist_ok=True)
+    with _locked(home), console.logged_to(home / "log.txt"), console.native_stderr_to(home / "log.txt"):
+        return _run(config, images, home, require_blessing)
+
+
+def _run(config: Config, images: str, home: Path, require_blessing: bool) -> int:
+    prepare_devices(config.train.replicas)
+    _write(home / "config.yaml", to_yaml(config))
+    connection = tfx.orchestration.metadata.sqlite_metadata_connection_config(str(home / "metadata.sqlite"))
+    places = Places(str(home / "artifacts"), str(home / "serving" / "encoder"), str(home / "checkpoints"))
+    _clear_dead_executions(connection, Path(places.root))
+    nodes: list[report.Node] = []
+
+    def finished(node: report.Node) -> None:
+        nodes.append(node)
+        if text := report.describe(node):
+            console.line(console.component_line(node.id, text, node.seconds, node.cached))
+
+    began = time.monotonic()
+    runner = _Runner(finished)
+    try:
+        runner.run(create_pipeline(config, images, places, connection, BEAM_ARGUMENTS))
+    except BaseException as error:
+        _write(home / "result.json", report.failed(nodes, runner.current, error, time.monotonic() - began))
+        raise
+    result = report.collect(nodes, time.monotonic() - began)
+    _write(home / "result.json", report.to_json(result))
+    shutil.rmtree(places.checkpoints, ignore_errors=True)
+    for line in report.summary(result, nodes, config, images, home):
+        console.line(line)
+    return 1 if require_blessing and not result["blessed"] else 0
+
+
+class _Runner(local_dag_runner.LocalDagRunner):
+    """LocalDagRunner that says of each node what came of it."""
+
+    def __init__(self, finished: Callable[[report.Node], None]) -> None:
+        super().__init__()
+        self._finished = finished
+        self.current = ""
+
+    def run_with_ir(self, pipeline: pipeline_pb2.Pipeline, run_options: pipeline_pb2.RunOptions | None = None) -> None:
+        """Runs the nodes one after the other; partial runs are not supported."""
+        del run_options
+        started = datetime.datetime.now(datetime.timezone.utc).isoformat()
+        runtime_parameter_utils.substitute_runtime_parameter(pipeline, {_RUN_ID: started})
+        deployment = runner_utils.extract_local_deployment_config(pipeline)
+        connection = getattr(
+            deployment.metadata_connection_config,
+            deployment.metadata_connection_config.WhichOneof("connection_config"),
+        )
+        for node in pipeline.nodes:
+            self.current = node.pipeline_node.node_info.id
+            began = time.monotonic()
+            execution = launcher.Launcher(
+                pipeline_node=node.pipeline_node,
+                mlmd_connection=metadata.Metadata(connection),
+                pipeline_info=pipeline.pipeline_info,
+                pipeline_runtime_spec=pipeline.runtime_spec,
+                executor_spec=runner_utils.extract_executor_spec(deployment, self.current),
+                custom_driver_spec=runner_utils.extract_custom_driver_spec(deployment, self.current),
+            ).launch()
+            if execution and execution.execution_id:
+                seconds = time.monotonic() - began
+                self._finished(_outcome(connection, self.current, execution.execution_id, seconds))
+
+
+def _outcome(
+    connection: metadata_store_pb2.ConnectionConfig, node_id: str, execution_id: int, seconds: float
+) -> report.Node:
+    with metadata.Metadata(connection) as handle:
+        (execution,) = handle.store.get_executions_by_id([execution_id])
+        outputs = execution_lib.get_output_artifacts(handle, execution_id)
+    cached = execution.last_known_state == _EXECUTION.CACHED
+    return report.Node(node_id, seconds, cached, {key: list(value) for key, value in outputs.items()})
+
+
+def _clear_dead_executions(connection: metadata_store_pb2.ConnectionConfig, root: Path) -> None:
+    """Marks executions that a killed run left open as failed, and removes what they had begun to write."""
+    with metadata.Metadata(connection) as handle:
+        dead = [e for e in handle.store.get_executions() if e.last_known_state == _EXECUTION.RUNNING]
+        for execution in dead:
+            execution.last_known_state = _EXECUTION.FAILED
+            for folder in (*root.glob(f"*/*/{execution.id}"), *root.glob(f"*/.system/*/{execution.id}")):
+                shutil.rmtree(folder, ignore_errors=True)
+        if dead:
+            handle.store.put_executions(dead)
+
+
+@contextlib.contextmanager
+def _locked(home: Path) -> Iterator[None]:
+    with (home / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another run uses {home}; wait for it, or give another --workdir") from None
+        yield
+
+
+def _write(path: Path, text: str) -> None:
+    """Writes a file as a whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)

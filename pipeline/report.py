@@ -1,0 +1,276 @@
+"""What a run did: a line for each component, result.json, and the summary. Reads the artifacts alone."""
+
+import dataclasses
+import json
+import shlex
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import tensorflow_data_validation as tfdv
+import tensorflow_transform as tft
+from components.evaluator.eval_config import read_metrics, read_validation
+from components.transform.preprocessing import LABEL_VOCABULARY
+from components.transform.statistics import read_anomalies, read_missing_labels
+from tfx.components.evaluator.constants import ARTIFACT_PROPERTY_BLESSED_KEY
+from tfx.types import Artifact
+from tfx.utils import io_utils
+
+from pipeline.config import Config
+from trainer_module.input import MANIFEST
+from trainer_module.run_fn import TRAINING_FILE
+
+_METRICS = (
+    "knn_top1",
+    "linear_top1",
+    "random_init_knn_top1",
+    "pixel_knn_top1",
+    "embedding_std",
+    "effective_rank",
+    "uniformity",
+)
+_COUNTS = ("read", "ingested", "quarantined", "duplicates", "train", "eval")
+
+
+@dataclasses.dataclass(frozen=True)
+class Node:
+    """What came of one node of the pipeline.
+
+    Attributes:
+        id: of the component.
+        seconds: that it took in this run.
+        cached: whether the outputs are those of an earlier run.
+        outputs: artifacts by key.
+    """
+
+    id: str
+    seconds: float
+    cached: bool
+    outputs: Mapping[str, Sequence[Artifact]]
+
+    def uri(self, key: str) -> str:
+        """Of the only artifact of an output."""
+        (artifact,) = self.outputs[key]
+        return str(artifact.uri)
+
+
+def describe(node: Node) -> str:
+    """What a component did, in numbers; empty for a node without a line of its own."""
+    describer = _DESCRIBERS.get(node.id)
+    return describer(node) if describer else ""
+
+
+def collect(nodes: Sequence[Node], seconds: float) -> dict[str, Any]:
+    """The content of result.json."""
+    by_id = {node.id: node for node in nodes}
+    training = _training(by_id["Trainer"])
+    metrics = read_metrics(by_id["Evaluator"].uri("evaluation"))
+    blessed = _blessed(by_id["Evaluator"])
+    counts = _ingest(by_id["ImageExampleGen"])
+    return {
+        "status": "succeeded" if blessed else "not_blessed",
+        "blessed": blessed,
+        "pushed_model": _pushed(by_id["Pusher"]),
+        "images": {key: counts[key] for key in _COUNTS},
+        "metrics": {name: metrics.get(name) for name in _METRICS}
+        | {"pretext_top1": training["pretext_top1"], "alignment": training["alignment"]},
+        "train": {
+            "steps": training["steps"],
+            "images_per_second": training["images_per_second"],
+            "final_loss": training["final_loss"],
+            "strategy": training["strategy"],
+            "replicas": training["replicas"],
+        },
+        "seconds": {node.id: round(node.seconds, 2) for node in nodes} | {"total": round(seconds, 2)},
+        "cached": [node.id for node in nodes if node.cached],
+    }
+
+
+def failed(nodes: Sequence[Node], current: str, error: BaseException, seconds: float) -> str:
+    """result.json of a run that failed in a component."""
+    return to_json(
+        {
+            "status": "failed",
+            "blessed": False,
+            "pushed_model": None,
+            "failed_component": current or None,
+            "error": str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__,
+            "seconds": {node.id: round(node.seconds, 2) for node in nodes} | {"total": round(seconds, 2)},
+        }
+    )
+
+
+def to_json(result: Mapping[str, Any]) -> str:
+    """As text that people can read, too."""
+    return json.dumps(result, indent=2, ensure_ascii=False) + "\n"
+
+
+def summary(result: Mapping[str, Any], nodes: Sequence[Node], config: Config, images: str, home: Path) -> list[str]:
+    """The summary that ends a run, line by line."""
+    by_id = {node.id: node for node in nodes}
+    counts, train = result["images"], result["train"]
+    rows = [
+        (
+            "images",
+            f"{counts['read']:,} read, {counts['quarantined']:,} quarantined, {counts['duplicates']:,} duplicates; "
+            f"{counts['train']:,} to train, {counts['eval']:,} to evaluate",
+        ),
+        *(("look at", note) for note in _notes(by_id)),
+        (
+            "trained",
+            f"{config.encoder.name} (width {config.encoder.width}), {train['steps']:,} steps of "
+            f"{config.train.global_batch} images on {train['replicas']} replicas, loss {train['final_loss']:.2f}",
+        ),
+        *_quality(result["metrics"], config),
+        ("blessed", _verdict(result, by_id["Evaluator"])),
+        ("encoder", _encoder(result, by_id)),
+        ("took", _took(result["seconds"]["total"], result["cached"], len(nodes))),
+        ("details", f"{home / 'result.json'}, {home / 'log.txt'}"),
+    ]
+    lines = ["", *(f"{label:<10}{text}" for label, text in rows)]
+    if result["pushed_model"]:
+        command = ["./moco", "embed", "--model", result["pushed_model"], "--images", images, "--out", "embeddings.npz"]
+        lines += ["", "Embed images with it:", "  " + shlex.join(command)]
+    return lines
+
+
+def _notes(by_id: Mapping[str, Node]) -> Iterator[str]:
+    counts = _ingest(by_id["ImageExampleGen"])
+    if counts["quarantined"]:
+        yield f"{counts['quarantined']:,} unusable: {by_id['ImageExampleGen'].uri('examples')}/quarantine.jsonl"
+    if counts.get("label_conflicts"):
+        yield f"{counts['label_conflicts']:,} images stand under more than one label; the first path's is used"
+    yield from read_anomalies(by_id["ExampleValidator"].uri("anomalies"))
+    yield from read_missing_labels(by_id["StatisticsGen"].uri("statistics"))
+
+
+def _quality(metrics: Mapping[str, float | None], config: Config) -> Iterator[tuple[str, str]]:
+    if metrics["knn_top1"] is None:
+        yield "quality", f"no labels: effective rank {_figure(metrics['effective_rank'], 1)}"
+        return
+    yield (
+        "kNN top-1",
+        f"{_figure(metrics['knn_top1'])} trained, {_figure(metrics['random_init_knn_top1'])} untrained, "
+        f"{_figure(metrics['pixel_knn_top1'])} raw pixels  (backbone, k = {config.evaluate.knn_k}, "
+        f"T = {config.evaluate.knn_temperature:g})",
+    )
+    if metrics["linear_top1"] is not None:
+        yield "linear", f"{_figure(metrics['linear_top1'])} top-1 of a linear probe"
+
+
+def _verdict(result: Mapping[str, Any], evaluator: Node) -> str:
+    if result["blessed"]:
+        return "yes"
+    return "no: " + "; ".join(reason.removeprefix("not blessed: ") for reason in _reasons(evaluator))
+
+
+def _encoder(result: Mapping[str, Any], by_id: Mapping[str, Node]) -> str:
+    return result["pushed_model"] or f"not pushed; it lies in {by_id['Trainer'].uri('model')}/Format-Serving"
+
+
+def _took(seconds: float, cached: Sequence[str], nodes: int) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    reused = f"; {len(cached)} of {nodes} components were reused from an earlier run" if cached else ""
+    return f"{minutes} min {rest} s{reused}"
+
+
+def _figure(value: float | None, digits: int = 3) -> str:
+    return "n/a" if value is None else f"{value:.{digits}f}"
+
+
+def _describe_ingest(node: Node) -> str:
+    counts = _ingest(node)
+    return (
+        f"{counts['read']:,} read: {counts['train']:,} train, {counts['eval']:,} eval, "
+        f"{counts['quarantined']:,} quarantined, {counts['duplicates']:,} duplicates"
+    )
+
+
+def _describe_statistics(node: Node) -> str:
+    features = tfdv.load_stats_binary(f"{node.uri('statistics')}/Split-train/FeatureStats.pb").datasets[0].features
+    return f"statistics of {len(features)} features"
+
+
+def _describe_schema(node: Node) -> str:
+    schema = io_utils.SchemaReader().read(f"{node.uri('schema')}/schema.pbtxt")
+    labels = sum(len(domain.value) for domain in schema.string_domain if domain.name == "image/label")
+    return f"{len(schema.feature)} features, {f'{labels} labels' if labels else 'no labels'}"
+
+
+def _describe_validator(node: Node) -> str:
+    anomalies = read_anomalies(node.uri("anomalies"))
+    return f"{len(anomalies)} anomalies: {anomalies[0]}" if anomalies else "no anomalies"
+
+
+def _describe_transform(node: Node) -> str:
+    output = tft.TFTransformOutput(node.uri("transform_graph"))
+    if "label" not in output.transformed_feature_spec():
+        return "channel mean and variance; no labels"
+    return f"channel mean and variance; {output.vocabulary_size_by_name(LABEL_VOCABULARY)} labels in the vocabulary"
+
+
+def _describe_augmenter(node: Node) -> str:
+    with open(f"{node.uri('views')}/{MANIFEST}", encoding="utf-8") as file:
+        manifest = json.load(file)
+    megabytes = sum(entry["bytes"] for entry in manifest["files"]) / 1e6
+    made = f"{manifest['images'] * manifest['pairs_per_image']:,} pairs of views of {manifest['size']} px"
+    return f"{made} for {manifest['images']:,} images, {megabytes:,.0f} MB"
+
+
+def _describe_trainer(node: Node) -> str:
+    training = _training(node)
+    speed = training["images_per_second"]
+    continued = f", continued at {training['resumed_from']:,}" if training["resumed_from"] else ""
+    return (
+        f"{training['steps']:,} steps{continued}, loss {training['final_loss']:.2f}"
+        f"{f', {speed:,.0f} images/s' if speed else ''}, {training['replicas']} replicas"
+    )
+
+
+def _describe_evaluator(node: Node) -> str:
+    metrics = read_metrics(node.uri("evaluation"))
+    knn, untrained, pixels = (_figure(metrics.get(f"{kind}knn_top1")) for kind in ("", "random_init_", "pixel_"))
+    verdict = "blessed" if _blessed(node) else "not blessed"
+    if metrics.get("knn_top1") is None:
+        return f"effective rank {_figure(metrics.get('effective_rank'), 1)}: {verdict}"
+    return f"kNN {knn} (untrained {untrained}, pixels {pixels}): {verdict}"
+
+
+def _describe_pusher(node: Node) -> str:
+    pushed = _pushed(node)
+    return f"version {Path(pushed).name} pushed" if pushed else "nothing pushed"
+
+
+_DESCRIBERS: Mapping[str, Callable[[Node], str]] = {
+    "ImageExampleGen": _describe_ingest,
+    "StatisticsGen": _describe_statistics,
+    "SchemaGen": _describe_schema,
+    "ExampleValidator": _describe_validator,
+    "Transform": _describe_transform,
+    "ViewAugmenter": _describe_augmenter,
+    "Trainer": _describe_trainer,
+    "Evaluator": _describe_evaluator,
+    "Pusher": _describe_pusher,
+}
+
+
+def _ingest(node: Node) -> dict[str, Any]:
+    return json.loads(Path(node.uri("examples"), "ingest.json").read_text(encoding="utf-8"))
+
+
+def _training(node: Node) -> dict[str, Any]:
+    return json.loads(Path(node.uri("model_run"), TRAINING_FILE).read_text(encoding="utf-8"))
+
+
+def _blessed(evaluator: Node) -> bool:
+    (blessing,) = evaluator.outputs["blessing"]
+    return blessing.get_int_custom_property(ARTIFACT_PROPERTY_BLESSED_KEY) == 1
+
+
+def _reasons(evaluator: Node) -> list[str]:
+    return read_validation(evaluator.uri("evaluation"))
+
+
+def _pushed(pusher: Node) -> str | None:
+    (artifact,) = pusher.outputs["pushed_model"]
+    return artifact.get_string_custom_property("pushed_destination") or None

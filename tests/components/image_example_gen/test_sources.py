@@ -1,0 +1,476 @@
+"""What --images can be, without TFX."""
+
+import gzip
+import io
+import json
+import os
+import pathlib
+import struct
+import subprocess
+import sys
+import tarfile
+import unicodedata
+
+import pytest
+from apache_beam.io.filesystem import CompressionTypes, FileMetadata
+from apache_beam.io.localfilesystem import LocalFileSystem
+from PIL import Image
+
+from components.image_example_gen import sources
+from components.image_example_gen.config import IngestConfig, Labels, from_json, to_json, validate
+from components.image_example_gen.sources import Bad, Found, Kind, Skipped
+from trainer_module.errors import UserError
+
+CONFIG = IngestConfig()
+
+
+def png(colour: int) -> bytes:
+    out = io.BytesIO()
+    Image.new("RGB", (16, 16), (colour % 256, colour // 256, 7)).save(out, "PNG")
+    return out.getvalue()
+
+
+def write(path: pathlib.Path, data: bytes) -> pathlib.Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
+    return path
+
+
+def write_tar(path: pathlib.Path, members: dict[str, bytes], mode: str = "w") -> pathlib.Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, mode) as archive:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    return path
+
+
+def tfrecord(records: list[bytes]) -> bytes:
+    from google_crc32c import value
+
+    def crc(data: bytes) -> bytes:
+        check = value(data)
+        return struct.pack("<I", ((check >> 15 | check << 17) + 0xA282EAD8) & 0xFFFFFFFF)
+
+    lengths = [struct.pack("<Q", len(record)) for record in records]
+    return b"".join(size + crc(size) + record + crc(record) for size, record in zip(lengths, records, strict=True))
+
+
+def example(**values: bytes | int) -> bytes:
+    from tensorflow.core.example import example_pb2, feature_pb2
+
+    def feature(value: bytes | int) -> feature_pb2.Feature:
+        if isinstance(value, int):
+            return feature_pb2.Feature(int64_list=feature_pb2.Int64List(value=[value]))
+        return feature_pb2.Feature(bytes_list=feature_pb2.BytesList(value=[value]))
+
+    features = {name.replace("__", "/"): feature(value) for name, value in values.items()}
+    return example_pb2.Example(features=feature_pb2.Features(feature=features)).SerializeToString()
+
+
+def read(src: object, config: IngestConfig = CONFIG) -> list[sources.Item]:
+    return list(sources.read_images(sources.join_pattern(*sources.split_pattern(str(src))), config))
+
+
+def labels(src: object, config: IngestConfig = CONFIG) -> dict[str, str | None]:
+    """Path to label of all images; also proves that each reference leads back to the bytes."""
+    found = [item for item in read(src, config) if isinstance(item, Found)]
+    for item in found:
+        if not sources.is_compressed(item.ref.file):
+            assert sources.Reader().read(item.ref) == item.data
+    return {item.ref.path: item.ref.label for item in found}
+
+
+def test_the_first_folder_level_is_the_label_whatever_the_depth(tmp_path: pathlib.Path) -> None:
+    for number, name in enumerate(["cats/a.png", "cats/deep/er/b.png", "dogs/a.PNG", "loose.png"]):
+        write(tmp_path / name, png(number))
+    expected = {"cats/a.png": "cats", "cats/deep/er/b.png": "cats", "dogs/a.PNG": "dogs", "loose.png": None}
+    assert labels(tmp_path) == expected
+    assert labels(f"{tmp_path}/") == expected
+    assert set(labels(tmp_path, IngestConfig(labels=Labels.none)).values()) == {None}
+
+
+def test_a_flat_folder_is_unlabelled(tmp_path: pathlib.Path) -> None:
+    write(tmp_path / "a.png", png(1))
+    write(tmp_path / "b.png", png(2))
+    assert labels(tmp_path) == {"a.png": None, "b.png": None}
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        ("*/*.png", {"cats/a.png": "cats", "dogs/a.png": "dogs"}),
+        ("cats/*.png", {"a.png": None}),
+        ("c*", {"cats/a.png": "cats", "cats/deep/b.png": "cats"}),
+        ("**", {"cats/a.png": "cats", "cats/deep/b.png": "cats", "dogs/a.png": "dogs"}),
+        ("**/*.png", {"cats/a.png": "cats", "cats/deep/b.png": "cats", "dogs/a.png": "dogs"}),
+        ("cats/a.png", {"a.png": None}),
+    ],
+)
+def test_a_glob_takes_files_and_folders_each_once(
+    tmp_path: pathlib.Path, pattern: str, expected: dict[str, str | None]
+) -> None:
+    for number, name in enumerate(["cats/a.png", "cats/deep/b.png", "dogs/a.png"]):
+        write(tmp_path / name, png(number))
+    assert labels(tmp_path / pattern) == expected
+    assert len(read(tmp_path / pattern)) == len(expected)
+
+
+@pytest.mark.parametrize("mode", ["w", "w:gz"])
+def test_tar_shards_hold_a_folder_tree(tmp_path: pathlib.Path, mode: str) -> None:
+    suffix = ".tar" if mode == "w" else ".tar.gz"
+    write_tar(tmp_path / f"s0{suffix}", {"./cats/a.png": png(1), "cats/x/b.png": png(2), "._cats": b"x"}, mode)
+    write_tar(tmp_path / f"s1{suffix}", {"dogs/a.png": png(3), "c.png": png(4), "README.txt": b"hello"}, mode)
+    assert labels(tmp_path) == {
+        f"s0{suffix}/cats/a.png": "cats",
+        f"s0{suffix}/cats/x/b.png": "cats",
+        f"s1{suffix}/dogs/a.png": "dogs",
+        f"s1{suffix}/c.png": None,
+    }
+    assert [item for item in read(tmp_path) if isinstance(item, Skipped)] == [Skipped(f"s1{suffix}/README.txt")]
+    assert labels(tmp_path / f"*{suffix}") == labels(tmp_path)
+    assert set(labels(tmp_path / f"s1{suffix}")) == {f"s1{suffix}/dogs/a.png", f"s1{suffix}/c.png"}
+
+
+def test_webdataset_keys_label_their_images(tmp_path: pathlib.Path) -> None:
+    members = {
+        "000.png": png(0),
+        "000.cls": b"tabby cat\n",
+        "001.json": json.dumps({"label": "a/b"}).encode(),
+        "001.png": png(1),
+        "002.png": png(2),
+        "002.txt": b"dog",
+        "003.png": png(3),
+        "003.txt": b"a long caption that describes everything there is to be seen in this picture",
+        "folder/004.seg.png": png(4),
+        "folder/004.cls": b"7",
+        "005.png": png(5),
+    }
+    found = labels(write_tar(tmp_path / "w.tar", members))
+    assert {path.removeprefix("w.tar/"): label for path, label in found.items()} == {
+        "000.png": "tabby cat",
+        "001.png": "a/b",
+        "002.png": "dog",
+        "003.png": None,
+        "folder/004.seg.png": "7",
+        "005.png": None,
+    }
+
+
+@pytest.mark.parametrize("name", ["x.tfrecord", "x.tfrecord.gz", "x.record", "train-00000-of-00002"])
+def test_tfrecords_of_examples(tmp_path: pathlib.Path, name: str) -> None:
+    records = [
+        example(image__encoded=png(1), image__class__text=b"caf\xc3\xa9", image__class__label=3),
+        example(image__encoded=png(2), image__class__label=3),
+        example(image=png(3), label=5),
+        example(image__encoded=png(4)),
+    ]
+    data = tfrecord(records)
+    write(tmp_path / name, gzip.compress(data) if name.endswith("gz") else data)
+    assert list(labels(tmp_path).values()) == ["café", "3", "5", None]
+
+
+def test_keys_of_examples_can_be_named(tmp_path: pathlib.Path) -> None:
+    write(tmp_path / "x.tfrecord", tfrecord([example(photo=png(1), kind=b"x"), example(other=png(2))]))
+    config = IngestConfig(image_key="photo", label_key="kind")
+    first, second = read(tmp_path, config)
+    assert isinstance(first, Found)
+    assert first.ref.label == "x"
+    assert isinstance(second, Bad)
+    assert "ingest.image_key" in second.detail
+
+
+def test_labels_keep_spaces_and_unicode_in_one_normal_form(tmp_path: pathlib.Path) -> None:
+    composed, decomposed = unicodedata.normalize("NFC", "Bäume"), unicodedata.normalize("NFD", "Bäume")
+    write(tmp_path / "two words" / "a.png", png(1))
+    write(tmp_path / composed / "b.png", png(2))
+    write(tmp_path / decomposed / "c.png", png(3))
+    write(tmp_path / "日本" / "d.png", png(4))
+    assert sorted(label or "" for label in labels(tmp_path).values()) == sorted(
+        ["two words", composed, composed, "日本"]
+    )
+
+
+def test_other_files_are_skipped_and_counted_hidden_ones_ignored(tmp_path: pathlib.Path) -> None:
+    write(tmp_path / "a" / "real.png", png(1))
+    write(tmp_path / "a" / "nameless", png(2))
+    write(tmp_path / "a" / "broken.jpg", b"text")
+    for name in ("notes.txt", "labels.csv", "LICENSE", "drawing.svg"):
+        write(tmp_path / "a" / name, b"plain")
+    for name in (".DS_Store", "._real.png", "Thumbs.db", "__MACOSX/x.png", ".git/y.png"):
+        write(tmp_path / "a" / name, png(9))
+    (tmp_path / "a" / "nowhere.png").symlink_to(tmp_path / "missing.png")
+    items = read(tmp_path)
+    assert sorted(item.ref.path for item in items if isinstance(item, Found)) == [
+        "a/broken.jpg",
+        "a/nameless",
+        "a/real.png",
+    ]
+    assert len([item for item in items if isinstance(item, Skipped)]) == 4
+    assert len(items) == 7
+
+
+def test_links_are_followed_but_never_in_circles(tmp_path: pathlib.Path) -> None:
+    write(tmp_path / "store" / "a.png", png(1))
+    (tmp_path / "set" / "cats").mkdir(parents=True)
+    (tmp_path / "set" / "cats" / "a.png").symlink_to(tmp_path / "store" / "a.png")
+    (tmp_path / "set" / "dogs").symlink_to(tmp_path / "store")
+    (tmp_path / "set" / "cats" / "again").symlink_to(tmp_path / "set")
+    found = labels(tmp_path / "set")
+    assert found["cats/a.png"] == "cats"
+    assert found["dogs/a.png"] == "dogs"
+    assert len(found) < 10
+
+
+def test_a_name_that_is_no_unicode_is_quarantined(tmp_path: pathlib.Path) -> None:
+    write(tmp_path / "a.png", png(1))
+    with open(os.fsencode(tmp_path) + b"/\xff\xfe.png", "wb") as file:
+        file.write(png(2))
+    bad = [item for item in read(tmp_path) if isinstance(item, Bad)]
+    assert [(item.path, item.reason) for item in bad] == [("\\xff\\xfe.png", "unreadable")]
+    bad[0].path.encode()
+
+
+@pytest.mark.parametrize("mode", ["w", "w:gz"])
+def test_a_cut_archive_gives_what_it_holds_and_a_bad_row(tmp_path: pathlib.Path, mode: str) -> None:
+    suffix = ".tar" if mode == "w" else ".tgz"
+    whole = write_tar(tmp_path / f"x{suffix}", {f"c/{n}.png": os.urandom(3000) for n in range(20)}, mode)
+    whole.write_bytes(whole.read_bytes()[:30_000])
+    items = read(tmp_path)
+    assert len([item for item in items if isinstance(item, Found)]) in range(5, 10)
+    assert [(item.path, item.reason) for item in items if isinstance(item, Bad)] == [(f"x{suffix}", "damaged_archive")]
+
+
+def test_a_broken_header_in_the_middle_of_an_archive_is_noticed(tmp_path: pathlib.Path) -> None:
+    whole = write_tar(tmp_path / "x.tar", {f"c/{n}.png": png(n) for n in range(20)})
+    data = bytearray(whole.read_bytes())
+    data[10 * 1024 + 5] ^= 0xFF
+    whole.write_bytes(bytes(data))
+    items = read(tmp_path)
+    assert isinstance(items[-1], Bad)
+    assert items[-1].reason == "damaged_archive"
+
+
+def test_a_damaged_tfrecord_gives_what_it_holds_and_a_bad_row(tmp_path: pathlib.Path) -> None:
+    data = tfrecord([example(image__encoded=png(n)) for n in range(4)])
+    write(tmp_path / "cut.tfrecord", data[:-20])
+    write(tmp_path / "text.tfrecord", b"this is no TFRecord at all")
+    write(tmp_path / "foreign.tfrecord", tfrecord([b"\xff\xff\xff"]))
+    items = read(tmp_path)
+    assert len([item for item in items if isinstance(item, Found)]) == 3
+    bad = {item.path: item.reason for item in items if isinstance(item, Bad)}
+    assert bad == {
+        "cut.tfrecord": "damaged_archive",
+        "text.tfrecord": "damaged_archive",
+        "foreign.tfrecord/00000000": "not_an_example",
+    }
+
+
+def test_a_file_too_long_for_its_pixels_is_never_read_into_memory(tmp_path: pathlib.Path) -> None:
+    with open(tmp_path / "huge.png", "wb") as file:
+        file.truncate(1 << 40)
+    (item,) = read(tmp_path)
+    assert isinstance(item, Bad)
+    assert item.reason == "too_many_bytes"
+
+
+@pytest.mark.parametrize("make", ["missing", "empty", "texts", "glob", "bad span", "blank"])
+def test_a_source_without_images_is_refused_in_one_line(tmp_path: pathlib.Path, make: str) -> None:
+    write(tmp_path / "texts" / "a.txt", b"no image")
+    (tmp_path / "empty").mkdir()
+    src = {"glob": f"{tmp_path}/*.jpg", "bad span": f"{tmp_path}/day-{{SPAN}}", "blank": " "}.get(
+        make, f"{tmp_path}/{make}"
+    )
+    with pytest.raises(UserError) as caught:
+        sources.check(src)
+    assert "\n" not in str(caught.value)
+    assert make == "blank" or str(tmp_path) in str(caught.value)
+
+
+def test_check_accepts_every_kind_of_source(tmp_path: pathlib.Path) -> None:
+    write(tmp_path / "span-1" / "v2" / "deep" / "a.png", png(1))
+    write(tmp_path / "nameless" / "x", png(1))
+    write_tar(tmp_path / "tars" / "a.tgz", {"a.png": png(1)}, "w:gz")
+    for src in ("", "span-{SPAN}", "span-{SPAN}/v{VERSION}", "s*", "nameless", "tars", "tars/a.tgz", "tars/*.tgz"):
+        sources.check(f"{tmp_path}/{src}")
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="needs the right to become another user")
+def test_a_folder_that_may_not_be_read_is_named(tmp_path: pathlib.Path) -> None:
+    _become_nobody_and_list(tmp_path, 0o700)
+
+
+@pytest.mark.skipif(os.getuid() == 0, reason="the superuser may read everything")
+def test_a_folder_of_ones_own_that_may_not_be_read_is_named(tmp_path: pathlib.Path) -> None:
+    _become_nobody_and_list(tmp_path, 0o000)
+
+
+def _become_nobody_and_list(tmp_path: pathlib.Path, mode: int) -> None:
+    """Lists a folder with a locked folder in it; a file that may not be read is quarantined and stops nothing."""
+    root = pathlib.Path(__file__).resolve().parents[3]
+    folder = write(tmp_path / "set" / "locked" / "a.png", png(1)).parent
+    code = f"""
+import os, sys
+sys.path.insert(0, {str(root)!r})
+from components.image_example_gen import sources
+from components.image_example_gen.config import IngestConfig
+from trainer_module.errors import UserError
+import components.image_example_gen.codec
+folder = os.open({str(tmp_path / "set")!r}, os.O_RDONLY)
+os.fchdir(folder)
+if os.getuid() == 0:
+    os.setuid(65534)
+try:
+    list(sources.list_files("."))
+except UserError as error:
+    print(error)
+"""
+    folder.chmod(mode)
+    (tmp_path / "set").chmod(0o755)
+    try:
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    finally:
+        folder.chmod(0o755)
+    assert "locked" in done.stdout
+    assert "may not be read" in done.stdout
+
+
+def test_the_fingerprint_sees_every_change_however_deep(tmp_path: pathlib.Path) -> None:
+    deep = write(tmp_path / "a" / "b" / "c" / "x.png", png(1))
+    write(tmp_path / "a" / "y.png", png(2))
+    seen = {sources.survey(str(tmp_path)).fingerprint}
+
+    def changed() -> bool:
+        now = sources.survey(str(tmp_path)).fingerprint
+        fresh = now not in seen
+        seen.add(now)
+        return fresh
+
+    assert not changed()
+    os.utime(deep, ns=(1, 1))
+    assert changed()
+    before = deep.stat()
+    deep.write_bytes(deep.read_bytes() + b"x")
+    os.utime(deep, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert changed()
+    deep.rename(deep.with_name("z.png"))
+    assert changed()
+    write(tmp_path / "new" / "n.png", png(3))
+    assert changed()
+    write(tmp_path / "new" / ".DS_Store", b"x")
+    assert not changed()
+
+
+def test_split_pattern_is_tfx_input_base_and_pattern(tmp_path: pathlib.Path) -> None:
+    write(tmp_path / "odd [name]" / "a.png", png(1))
+    write(tmp_path / "one.tar", b"")
+    base = str(tmp_path)
+    assert sources.split_pattern(base) == (base, "*")
+    assert sources.split_pattern(f"{base}/odd [name]") == (f"{base}/odd [name]", "*")
+    assert sources.split_pattern(f"{base}/one.tar") == (base, "one.tar")
+    assert sources.split_pattern(f"{base}/day-{{SPAN}}/v{{VERSION}}") == (base, "day-{SPAN}/v{VERSION}")
+    assert sources.split_pattern("gs://b/dir/*.tar") == ("gs://b/dir", "*.tar")
+    assert sources.split_pattern("gs://b/dir/") == ("gs://b/dir", "*")
+    assert sources.split_pattern("gs://b/dir/x.tar") == ("gs://b/dir", "x.tar")
+    assert sources.join_pattern("gs://b/dir", "*") == "gs://b/dir"
+    assert sources.join_pattern("/", "*.png") == "/*.png"
+
+
+def test_names_tell_archives_and_images() -> None:
+    kinds = {
+        "a.JPG": Kind.image,
+        "a.heic": Kind.image,
+        "a.tar": Kind.tar,
+        "a.TGZ": Kind.tar,
+        "a.tar.gz": Kind.tar,
+        "a.tfrecord.gz": Kind.tfrecord,
+        "data_tfrecord-00000-of-00001.gz": Kind.tfrecord,
+        "validation-00012-of-00128": Kind.tfrecord,
+        "readme.txt": Kind.other,
+        "x.gz": Kind.other,
+    }
+    assert {name: sources.kind_of(name) for name in kinds} == kinds
+
+
+class BucketFileSystem(LocalFileSystem):
+    """A file system of Beam with a scheme of its own, buckets being local folders: test-bucket://tmp/x is /tmp/x."""
+
+    PREFIX = "test-bucket://"
+
+    @classmethod
+    def scheme(cls) -> str:
+        return "test-bucket"
+
+    def has_dirs(self) -> bool:
+        return False
+
+    def _local(self, path: str) -> str:
+        return "/" + path.removeprefix(self.PREFIX)
+
+    def exists(self, path: str) -> bool:
+        return os.path.isfile(self._local(path))
+
+    def metadata(self, path: str) -> FileMetadata:
+        status = os.stat(self._local(path))
+        return FileMetadata(path, status.st_size, status.st_mtime)
+
+    def _list(self, dir_or_prefix: str):
+        for folder, _, names in os.walk(os.path.dirname(self._local(dir_or_prefix))):
+            for name in names:
+                path = self.PREFIX + os.path.join(folder, name)[1:]
+                if path.startswith(dir_or_prefix):
+                    yield self.metadata(path)
+
+    def open(self, path: str, mime_type: str = "", compression_type: str = CompressionTypes.AUTO):
+        return super().open(self._local(path), mime_type, compression_type)
+
+
+def test_remote_sources_are_read_through_beams_file_systems(tmp_path: pathlib.Path) -> None:
+    write(tmp_path / "set" / "cats" / "deep" / "a.png", png(1))
+    write(tmp_path / "set" / "b.png", png(2))
+    write(tmp_path / "set" / ".hidden" / "c.png", png(3))
+    write_tar(tmp_path / "set" / "tars" / "s.tar", {"dogs/a.png": png(4)})
+    write_tar(tmp_path / "set" / "tars" / "z.tgz", {"dogs/a.png": png(5)}, "w:gz")
+    write(tmp_path / "set" / "r.tfrecord", tfrecord([example(image__encoded=png(6), label=1)]))
+    base = f"{BucketFileSystem.PREFIX}{str(tmp_path)[1:]}"
+    assert labels(f"{base}/set") == {
+        "cats/deep/a.png": "cats",
+        "b.png": None,
+        "r.tfrecord/00000000": "1",
+        "tars/s.tar/dogs/a.png": "dogs",
+        "tars/z.tgz/dogs/a.png": "dogs",
+    }
+    assert labels(f"{base}/set/tars/*.tar") == {"s.tar/dogs/a.png": "dogs"}
+    assert labels(f"{base}/set/tars/s.tar") == {"s.tar/dogs/a.png": "dogs"}
+    assert labels(f"{base}/set/ca*") == {"cats/deep/a.png": "cats"}
+    sources.check(f"{base}/set")
+    first = sources.survey(f"{base}/set").fingerprint
+    write(tmp_path / "set" / "cats" / "deep" / "a.png", png(1) + b"x")
+    assert sources.survey(f"{base}/set").fingerprint != first
+    with pytest.raises(UserError, match="nothing at"):
+        sources.check(f"{base}/nowhere")
+    with pytest.raises(UserError, match="cannot be listed"):
+        sources.check("unknown-scheme://x/y")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"eval_fraction": 1.0}, "ingest.eval_fraction=1.0 .* 0.9999"),
+        ({"eval_fraction": 0.0}, "ingest.eval_fraction=0.0 .* 0.0001"),
+        ({"max_bad_fraction": 1.5}, "ingest.max_bad_fraction=1.5 .* 1.0"),
+        ({"min_side": 0}, "ingest.min_side=0 .* 1"),
+        ({"max_pixels": 10**9}, "ingest.max_pixels=1000000000 .* 178956970"),
+        ({"shard_mb": 0.0}, "ingest.shard_mb=0.0 .* 0.001"),
+    ],
+)
+def test_impossible_limits_are_refused_with_the_nearest_valid_value(values: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        validate(IngestConfig(**values))
+
+
+def test_a_configuration_survives_its_way_through_tfx() -> None:
+    config = IngestConfig(max_pixels=12345, labels=Labels.none, label_key="x/ü")
+    assert from_json(to_json(config)) == config
+    validate(config)

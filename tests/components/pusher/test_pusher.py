@@ -1,0 +1,180 @@
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from pathlib import Path
+
+import pytest
+
+from trainer_module.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def pusher():
+    from components.pusher import executor
+
+    return executor
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    """A model artifact with a real export."""
+    import tensorflow as tf
+
+    class Double(tf.Module):
+        def __init__(self):
+            super().__init__()
+            self.factor = tf.Variable(2.0)
+
+        @tf.function(input_signature=[tf.TensorSpec([None], tf.float32)])
+        def serve(self, x):
+            return {"y": self.factor * x}
+
+    root = tmp_path_factory.mktemp("model")
+    module = Double()
+    tf.saved_model.save(module, str(root / "Format-Serving"), signatures={"serving_default": module.serve})
+    return root
+
+
+def run_executor(pusher, model: Path, base: Path, tmp_path: Path, blessed: bool):
+    from tfx.proto import pusher_pb2
+    from tfx.types import standard_artifacts
+    from tfx.utils import proto_utils
+
+    blessing = standard_artifacts.ModelBlessing()
+    blessing.uri = str(tmp_path / "blessing")
+    blessing.set_int_custom_property("blessed", int(blessed))
+    candidate = standard_artifacts.Model()
+    candidate.uri = str(model)
+    pushed = standard_artifacts.PushedModel()
+    pushed.uri = str(tmp_path / "pushed")
+    destination = pusher_pb2.PushDestination(filesystem=pusher_pb2.PushDestination.Filesystem(base_directory=str(base)))
+    pusher.Executor().Do(
+        {"model": [candidate], "model_blessing": [blessing]},
+        {"pushed_model": [pushed]},
+        {"push_destination": proto_utils.proto_to_json(destination)},
+    )
+    return pushed
+
+
+def tree(root: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
+def test_a_blessed_model_is_published_and_archived_with_the_stock_properties(pusher, model, tmp_path):
+    base = tmp_path / "serving" / "moco"
+    before = int(time.time())
+    pushed = run_executor(pusher, model, base, tmp_path, blessed=True)
+    (version,) = os.listdir(base)
+    assert before <= int(version) <= time.time()
+    assert tree(base / version) == tree(Path(pushed.uri)) == tree(model / "Format-Serving")
+    assert pushed.get_int_custom_property("pushed") == 1
+    assert pushed.get_string_custom_property("pushed_destination") == str(base / version)
+    assert pushed.get_string_custom_property("pushed_version") == version
+
+
+def test_the_published_model_loads_and_answers(pusher, model, tmp_path):
+    import tensorflow as tf
+
+    destination = pusher.push(str(model / "Format-Serving"), str(tmp_path / "serving"))
+    served = tf.saved_model.load(destination).signatures["serving_default"]
+    assert served(tf.constant([1.5]))["y"].numpy().tolist() == [3.0]
+
+
+def test_a_model_that_is_not_blessed_leaves_no_trace(pusher, model, tmp_path):
+    pushed = run_executor(pusher, model, tmp_path / "serving", tmp_path, blessed=False)
+    assert not (tmp_path / "serving").exists()
+    assert pushed.get_int_custom_property("pushed") == 0
+
+
+def test_the_stock_component_takes_the_executor(pusher):
+    from tfx import v1 as tfx
+    from tfx.dsl.components.base import executor_spec
+
+    model = tfx.types.standard_artifacts.Model()
+    component = tfx.components.Pusher(
+        model=tfx.dsl.Channel(tfx.types.standard_artifacts.Model).set_artifacts([model]),
+        push_destination=tfx.proto.PushDestination(
+            filesystem=tfx.proto.PushDestination.Filesystem(base_directory="/serving")
+        ),
+        custom_executor_spec=executor_spec.ExecutorClassSpec(pusher.Executor),
+    )
+    assert component.executor_spec.class_path == "components.pusher.executor.Executor"
+
+
+def test_a_version_is_never_used_twice_and_a_new_one_is_always_the_highest(pusher, model, tmp_path):
+    source, base = str(model / "Format-Serving"), tmp_path / "serving"
+    first = int(Path(pusher.push(source, str(base))).name)
+    second = int(Path(pusher.push(source, str(base))).name)
+    assert second > first
+    # A version from a clock that runs ahead, empty as a failed copy by hand would leave it.
+    (base / "99999999999").mkdir()
+    assert Path(pusher.push(source, str(base))).name == "100000000000"
+    assert os.listdir(base / "99999999999") == []
+
+
+def push_some(source: str, base: str, start, count: int) -> None:
+    from components.pusher.executor import push
+
+    start.wait()
+    for _ in range(count):
+        push(source, base)
+
+
+def test_pushers_that_run_at_once_each_get_a_version_of_their_own(pusher, model, tmp_path):  # noqa: ARG001
+    import threading
+
+    source, base, start = str(model / "Format-Serving"), tmp_path / "serving", threading.Barrier(6)
+    pushers = [threading.Thread(target=push_some, args=(source, str(base), start, 4)) for _ in range(6)]
+    for thread in pushers:
+        thread.start()
+    for thread in pushers:
+        thread.join()
+    versions = sorted(os.listdir(base))
+    assert len(versions) == 24
+    assert all(name.isdecimal() for name in versions)
+    assert all(tree(base / name) == tree(model / "Format-Serving") for name in versions)
+
+
+def test_what_a_killed_push_left_is_hidden_from_servers_and_removed_by_the_next_push(pusher, model, tmp_path):
+    base = tmp_path / "serving"
+    base.mkdir()
+    # A process that has died by a kill, and one that lives: this one.
+    dead = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    dead.send_signal(signal.SIGKILL)
+    dead.wait()
+    left = base / f".pushing-{socket.gethostname()}-{dead.pid}-{uuid.uuid4().hex}"
+    live = base / f".pushing-{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex}"
+    fresh, old = (base / f".pushing-other-host-7-{uuid.uuid4().hex}" for _ in range(2))
+    mine = base / ".pushing-notes"
+    for folder in (left, live, fresh, old, mine):
+        folder.mkdir()
+        (folder / "variables").touch()
+    os.utime(old, (time.time() - 2 * 86400,) * 2)
+    version = Path(pusher.push(str(model / "Format-Serving"), str(base))).name
+    assert set(os.listdir(base)) == {version, live.name, fresh.name, mine.name}
+
+
+def test_a_copy_that_fails_halfway_publishes_nothing_and_leaves_nothing(pusher, tmp_path):
+    base = tmp_path / "serving"
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "a").write_bytes(b"x")
+    (broken / "saved_model.pb").symlink_to(tmp_path / "missing")
+    with pytest.raises(UserError, match="cannot write to push destination"):
+        pusher.push(str(broken), str(base))
+    assert os.listdir(base) == []
+
+
+@pytest.mark.parametrize("kind", ["file", "below a file", "read-only"])
+def test_a_destination_that_cannot_be_written_is_said_in_one_line(pusher, model, tmp_path, kind):
+    file = tmp_path / "file"
+    file.touch()
+    base = {"file": file, "below a file": file / "serving", "read-only": Path("/proc/serving")}[kind]
+    with pytest.raises(UserError) as caught:
+        pusher.push(str(model / "Format-Serving"), str(base))
+    assert str(caught.value).startswith(f"cannot write to push destination {base}: ")
+    assert "\n" not in str(caught.value)

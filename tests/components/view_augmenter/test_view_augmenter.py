@@ -1,0 +1,246 @@
+"""The ViewAugmenter executor on a real Examples artifact, run by Beam."""
+
+import dataclasses
+import hashlib
+import io
+import json
+import logging
+import tarfile
+from collections import namedtuple
+from pathlib import Path
+from typing import Any
+
+import apache_beam as beam
+import numpy as np
+import pytest
+import tensorflow as tf
+from apache_beam.testing.test_pipeline import TestPipeline
+from apache_beam.testing.util import assert_that, equal_to
+from PIL import Image
+from tfx.dsl.components.base.base_beam_executor import BaseBeamExecutor
+from tfx.types import artifact_utils, channel_utils, standard_artifacts
+
+from components.view_augmenter import executor
+from components.view_augmenter.component import ViewAugmenter
+from trainer_module import config_json
+from trainer_module.config import AugmentConfig, ImageConfig, Where
+from trainer_module.errors import UserError
+from trainer_module.images import stored_image
+from trainer_module.progress import LOGGER_NAME
+from trainer_module.views import view_pair
+
+SAMPLES = Path(__file__).resolve().parents[3] / "configs" / "demo_images"
+RUNNER = "--runner=apache_beam.runners.portability.fn_api_runner.FnApiRunner"
+IMAGE = ImageConfig(storage_size=48)
+AUGMENT = AugmentConfig(size=32, pairs_per_image=2)
+SEED = 5
+IMAGES = 12
+
+
+def sample_files() -> list[bytes]:
+    """PNG samples, every third of them as JPEG."""
+    with tarfile.open(sorted(SAMPLES.glob("*.tar"))[1]) as tar:
+        files = [tar.extractfile(member) for member in tar.getmembers()[: IMAGES * 30 : 30]]
+        return [to_jpeg(file.read()) if n % 3 == 0 else file.read() for n, file in enumerate(files) if file]
+
+
+def to_jpeg(png: bytes) -> bytes:
+    buffer = io.BytesIO()
+    Image.open(io.BytesIO(png)).convert("RGB").resize((200, 150)).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+def ingested(data: bytes) -> bytes:
+    features = {"image/encoded": data, "image/sha256": hashlib.sha256(data).hexdigest().encode()}
+    wrapped = {k: tf.train.Feature(bytes_list=tf.train.BytesList(value=[v])) for k, v in features.items()}
+    return tf.train.Example(features=tf.train.Features(feature=wrapped)).SerializeToString()
+
+
+def make_examples(folder: Path, shards: int, compress: bool = False) -> standard_artifacts.Examples:
+    """An Examples artifact whose train split holds the samples in `shards` files."""
+    artifact = standard_artifacts.Examples()
+    artifact.uri = str(folder)
+    artifact.split_names = artifact_utils.encode_split_names(["train", "eval"])
+    records = [ingested(data) for data in sample_files()]
+    per_shard = -(-len(records) // shards)
+    for split in ("train", "eval"):
+        (folder / f"Split-{split}").mkdir(parents=True)
+        for n in range(shards):
+            suffix = ".gz" if compress else ""
+            path = folder / f"Split-{split}" / f"images-{n:05d}-of-{shards:05d}.tfrecord{suffix}"
+            with tf.io.TFRecordWriter(str(path), options="GZIP" if compress else None) as writer:
+                for record in records[n * per_shard : (n + 1) * per_shard]:
+                    writer.write(record)
+    return artifact
+
+
+def run(
+    folder: Path,
+    augment: AugmentConfig = AUGMENT,
+    shards: int = 1,
+    beam_args: tuple[str, ...] = (),
+    **examples_options: bool,
+) -> standard_artifacts.Examples:
+    examples = make_examples(folder / "examples", shards, **examples_options)
+    views = standard_artifacts.Examples()
+    views.uri = str(folder / "views")
+    context = BaseBeamExecutor.Context(beam_pipeline_args=[RUNNER, *beam_args], tmp_dir=str(folder))
+    properties: dict[str, Any] = {
+        "image": config_json.dumps(IMAGE),
+        "augment": config_json.dumps(augment),
+        "seed": SEED,
+        "code": "",
+    }
+    executor.Executor(context).Do({"examples": [examples]}, {"views": [views]}, properties)
+    return views
+
+
+def read(views: standard_artifacts.Examples, prefix: str) -> list[dict[str, bytes]]:
+    """The records of all the files whose names start so, in order."""
+    rows = []
+    for path in sorted(Path(views.uri, "Split-train").glob(f"{prefix}*")):
+        for record in tf.data.TFRecordDataset(str(path)).as_numpy_iterator():
+            features = tf.train.Example.FromString(record).features.feature
+            rows.append({name: feature.bytes_list.value[0] for name, feature in features.items()})
+    return rows
+
+
+def manifest(views: standard_artifacts.Examples) -> dict[str, Any]:
+    return json.loads(Path(views.uri, "views.json").read_text())
+
+
+def tree(folder: str) -> set[str]:
+    return {str(path.relative_to(folder)) for path in Path(folder).rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def one_shard(tmp_path_factory: pytest.TempPathFactory) -> standard_artifacts.Examples:
+    return run(tmp_path_factory.mktemp("one"))
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory: pytest.TempPathFactory) -> standard_artifacts.Examples:
+    return run(tmp_path_factory.mktemp("both"), dataclasses.replace(AUGMENT, where=Where.both), shards=3)
+
+
+def test_views_are_the_recipes_of_every_image_in_the_order_of_the_shard(one_shard: standard_artifacts.Examples) -> None:
+    for pair in range(AUGMENT.pairs_per_image):
+        rows = read(one_shard, f"views-p{pair:04d}-")
+        assert len(rows) == IMAGES
+        for row, data in zip(rows, sample_files(), strict=True):
+            identity = hashlib.sha256(data).hexdigest()
+            image = stored_image(tf.constant(data), IMAGE)
+            expected = view_pair(image, tf.constant(identity), tf.constant(pair, tf.int64), SEED, AUGMENT).numpy()
+            assert row == {"id": identity.encode(), "query": expected[0].tobytes(), "key": expected[1].tobytes()}
+
+
+@pytest.mark.parametrize("compress", [False, True])
+def test_bytes_do_not_depend_on_shards_bundles_or_threads(
+    one_shard: standard_artifacts.Examples, tmp_path: Path, compress: bool
+) -> None:
+    args = ("--direct_num_workers=2", "--direct_running_mode=multi_threading")
+    split = run(tmp_path, shards=5, beam_args=args, compress=compress)
+    for pair in range(AUGMENT.pairs_per_image):
+        assert read(split, f"views-p{pair:04d}-") == read(one_shard, f"views-p{pair:04d}-")
+
+
+def test_where_both_keeps_the_stored_images_beside_the_same_views(
+    one_shard: standard_artifacts.Examples, both: standard_artifacts.Examples
+) -> None:
+    assert read(both, "views-p0001-") == read(one_shard, "views-p0001-")
+    for row, data in zip(read(both, "images-"), sample_files(), strict=True):
+        assert row["id"] == hashlib.sha256(data).hexdigest().encode()
+        np.testing.assert_array_equal(tf.io.decode_png(row["image"]), stored_image(tf.constant(data), IMAGE))
+
+
+def test_where_trainer_writes_stored_images_only(both: standard_artifacts.Examples, tmp_path: Path) -> None:
+    stored = run(tmp_path, dataclasses.replace(AUGMENT, where=Where.trainer), shards=3)
+    assert read(stored, "images-") == read(both, "images-")
+    assert tree(stored.uri) == {"views.json"} | {f"Split-train/images-0000{n}-of-00003.tfrecord" for n in range(3)}
+
+
+def test_the_trainer_would_make_the_same_views_from_the_stored_images(both: standard_artifacts.Examples) -> None:
+    for stored, row in zip(read(both, "images-"), read(both, "views-p0001-"), strict=True):
+        image = tf.io.decode_png(stored["image"])
+        made = view_pair(image, tf.constant(stored["id"]), tf.constant(1, tf.int64), SEED, AUGMENT).numpy()
+        assert (made[0].tobytes(), made[1].tobytes()) == (row["query"], row["key"])
+
+
+def test_the_manifest_lists_exactly_the_files_there_are(both: standard_artifacts.Examples) -> None:
+    content = manifest(both)
+    files = {f"Split-train/{file['name']}": file for file in content["files"]}
+    assert tree(both.uri) == {"views.json", *files}
+    for path, file in files.items():
+        assert Path(both.uri, path).stat().st_size == file["bytes"]
+        assert sum(1 for _ in tf.data.TFRecordDataset(str(Path(both.uri, path)))) == file["records"]
+    expected = {"size": 32, "storage_size": 48, "images": IMAGES, "pairs_per_image": 2, "where": "both", "seed": SEED}
+    assert {name: content[name] for name in expected} == expected
+
+
+def test_the_artifact_says_its_split_and_counts(one_shard: standard_artifacts.Examples) -> None:
+    assert artifact_utils.decode_split_names(one_shard.split_names) == ["train"]
+    assert one_shard.get_int_custom_property("images") == IMAGES
+    assert one_shard.get_int_custom_property("pairs") == IMAGES * 2
+
+
+def test_a_retried_bundle_leaves_the_same_files(tmp_path: Path) -> None:
+    examples = make_examples(tmp_path / "examples", 1)
+    job = executor.Job(str(tmp_path / "views"), IMAGE, AUGMENT, SEED, IMAGES)
+    (tmp_path / "views" / "Split-train").mkdir(parents=True)
+    shard = executor.find_shards(f"{examples.uri}/Split-train")[0]
+    contents = []
+    for _ in range(2):
+        with TestPipeline(argv=[RUNNER]) as pipeline:
+            files = pipeline | beam.Create([shard]) | executor.MakeViews(job)
+            assert_that(files | beam.Map(lambda file: file.records), equal_to([IMAGES] * 2))
+        contents.append({p.name: p.read_bytes() for p in Path(job.split_folder).iterdir()})
+    assert contents[0] == contents[1]
+    assert not list(Path(job.scratch).iterdir())
+
+
+def test_an_unreadable_record_is_an_error_of_ours_and_nothing_counts_as_done(tmp_path: Path) -> None:
+    examples = make_examples(tmp_path / "examples", 1)
+    path = next(Path(examples.uri, "Split-train").iterdir())
+    with tf.io.TFRecordWriter(str(path)) as writer:
+        writer.write(ingested(b"\xff\xd8\xff broken"))
+    views = standard_artifacts.Examples()
+    views.uri = str(tmp_path / "views")
+    properties = {"image": config_json.dumps(IMAGE), "augment": config_json.dumps(AUGMENT), "seed": 0, "code": ""}
+    context = BaseBeamExecutor.Context(beam_pipeline_args=[RUNNER], tmp_dir=str(tmp_path))
+    with pytest.raises(Exception, match="cannot be read, though ingestion proved it") as caught:
+        executor.Executor(context).Do({"examples": [examples]}, {"views": [views]}, properties)
+    assert not isinstance(caught.value, UserError)
+    assert tree(views.uri) == set()
+
+
+def test_too_little_space_is_told_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(executor.shutil, "disk_usage", lambda _: usage(10**12, 0, 10**5))
+    with pytest.raises(UserError, match=r"2 pairs of views of 12 images need .* augment.pairs_per_image"):
+        run(tmp_path)
+    assert not (tmp_path / "views").exists()
+
+
+def test_the_needed_space_is_what_is_written(both: standard_artifacts.Examples) -> None:
+    job = executor.Job(both.uri, IMAGE, dataclasses.replace(AUGMENT, where=Where.both), SEED, IMAGES)
+    written = sum(file["bytes"] for file in manifest(both)["files"])
+    assert 0.9 * written < executor.needed_bytes(job) < 1.1 * written
+
+
+def test_progress_counts_up_to_all_pairs(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, LOGGER_NAME):
+        run(tmp_path, shards=3)
+    reports = [record.progress for record in caplog.records if hasattr(record, "progress")]
+    done = [report.done for report in reports]
+    assert done == sorted(done)
+    assert done[-1] == reports[-1].total == IMAGES * AUGMENT.pairs_per_image
+    assert {(report.task, report.unit) for report in reports} == {("make views", "pairs")}
+
+
+def test_the_component_passes_its_configuration_as_plain_json() -> None:
+    examples = channel_utils.as_channel([standard_artifacts.Examples()])
+    node = ViewAugmenter(examples=examples, image=IMAGE, augment=AUGMENT, seed=SEED, code="abc")
+    assert config_json.loads(AugmentConfig, node.exec_properties["augment"]) == AUGMENT
+    assert config_json.loads(ImageConfig, node.exec_properties["image"]) == IMAGE
+    assert (node.exec_properties["seed"], node.exec_properties["code"]) == (SEED, "abc")
+    assert node.outputs["views"].type is standard_artifacts.Examples

@@ -1,0 +1,36 @@
+"""Fixtures that every room's tests share: the sample images that the project carries."""
+
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from trainer_module.driver import prepare_devices
+
+REPLICAS = 4
+
+
+def pytest_sessionstart() -> None:
+    """Splits the CPU before any test starts TensorFlow; later it is too late."""
+    prepare_devices(REPLICAS)
+
+
+@pytest.fixture(scope="session")
+def sample_tars() -> list[Path]:
+    """Paths of the demo's tar shards, in order."""
+    tars = sorted((Path(__file__).parent.parent / "configs" / "demo_images").glob("*.tar"))
+    assert tars, "configs/demo_images holds no tar shards"
+    return tars
+
+
+@pytest.fixture(scope="session")
+def sample_images(sample_tars: list[Path]) -> dict[str, list[bytes]]:
+    """The demo's pictures as PNG bytes, by label, in the order of the shards."""
+    images: dict[str, list[bytes]] = {}
+    for tar in sample_tars:
+        with tarfile.open(tar) as archive:
+            for member in archive:
+                stream = archive.extractfile(member)
+                if stream is not None and member.name.endswith(".png"):
+                    images.setdefault(member.name.removeprefix("./").split("/")[-2], []).append(stream.read())
+    return images

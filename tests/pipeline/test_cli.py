@@ -1,0 +1,331 @@
+"""The command line: help, refusals in one line, exit codes, and nothing heavy imported before it is needed."""
+
+import errno
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline import bench, cli
+from trainer_module.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+COMMANDS = ["demo", "run", "test", "embed", "bench"]
+HEAVY = ("tensorflow", "tfx", "apache_beam", "pandas", "keras", "ml_metadata", "pyarrow")
+
+
+def refused(capsys: pytest.CaptureFixture, *arguments: str) -> str:
+    """The one line on standard error of a command that must end with code 2."""
+    assert cli.main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("moco: ")
+    assert captured.err.count("\n") == 1
+    return captured.err
+
+
+def moco(*arguments: str, **settings) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-X", "importtime", "-m", "pipeline", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT, check=False, **settings)
+    imported, said = [], []
+    for line in done.stderr.splitlines(keepends=True):
+        (imported if line.startswith("import time:") else said).append(line)
+    done.modules = {line.rpartition("|")[2].strip().partition(".")[0] for line in imported}
+    done.stderr = "".join(said)
+    return done
+
+
+# Help.
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself_with_an_example(capsys, command):
+    assert cli.main([command, "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert "example" in shown
+    assert f"./moco {command}" in shown
+
+
+def test_the_help_lists_the_commands_that_there_are_and_no_others(capsys):
+    assert cli.main(["--help"]) == 0
+    assert re.findall(r"^    (\w+)", capsys.readouterr().out, re.MULTILINE) == COMMANDS
+
+
+def test_the_help_of_bench_lists_the_benchmarks_that_there_are(capsys):
+    assert cli.main(["bench", "-h"]) == 0
+    shown = capsys.readouterr().out
+    for name, summary in bench.available().items():
+        assert name in shown
+        assert summary
+        assert summary[:40] in shown
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["run", "--help"],
+        ["embed", "--help"],
+        ["bench", "--help"],
+        ["rnu"],
+        ["run"],
+        ["run", "--images", "x", "--workdir", "y", "--config", "moco_v3"],
+        ["run", "--images", "x", "--workdir", "y", "--set", "train.epochs=many"],
+        ["run", "--images", "/nowhere", "--workdir", "y"],
+        ["demo", "--workdir", "/etc/passwd"],
+        ["embed", "--model", "/nowhere", "--images", "x", "--out", "y.csv"],
+    ],
+)
+def test_help_and_refusals_import_nothing_heavy(arguments):
+    done = moco(*arguments)
+    assert done.returncode == (0 if "--help" in arguments else 2)
+    assert done.modules & {"argparse"}
+    assert not done.modules & set(HEAVY)
+    assert done.stderr.count("\n") == (0 if "--help" in arguments else 1)
+
+
+# Refusals.
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], ["no command", "demo, run, test, embed, bench"]),
+        (["rnu"], ["'rnu'", "did you mean run?"]),
+        (["--debgu"], ["--debgu", "the command comes first"]),
+        (["run"], ["--images", "--workdir", "./moco run --help"]),
+        (["run", "--images", "x", "--workdir", "y", "--configg", "z"], ["--configg", "did you mean --config?"]),
+        (["run", "--images", "x", "--workdir", "y", "--set", "train.queue=1"], ["train.queue=1", "train.queue=256"]),
+        (["run", "--images", "x", "--workdir", "y", "--set"], ["--set", "./moco run --help"]),
+        (["demo", "--seed", "many"], ["seed=many", "not an integer"]),
+        (["demo", "extra"], ["demo takes no extra"]),
+        (["embed", "--model", "a", "--images", "b", "--out", "c", "--batch", "z"], ["--batch", "'z'"]),
+        (["bench", "nothing-like-it"], ["'nothing-like-it' is no benchmark", "Benchmarks: "]),
+        (["bench"], ["NAME", "./moco bench --help"]),
+    ],
+)
+def test_a_usage_error_is_one_line_with_the_mend_and_code_2(capsys, arguments, words):
+    said = refused(capsys, *arguments)
+    for word in words:
+        assert word in said
+
+
+def test_debug_shows_the_traceback_of_a_refusal(capsys):
+    assert cli.main(["run", "--images", "x", "--workdir", "y", "--config", "moco_v3", "--debug"]) == 2
+    said = capsys.readouterr().err
+    assert "Traceback" in said
+    assert said.splitlines()[-1].startswith("moco: --config moco_v3")
+
+
+def test_a_missing_source_of_images_is_refused_before_a_working_folder_is_made(tmp_path: Path):
+    done = moco("run", "--images", str(tmp_path / "nowhere"), "--workdir", str(tmp_path / "work"))
+    assert done.returncode == 2
+    assert str(tmp_path / "nowhere") in done.stderr
+    assert not (tmp_path / "work").exists()
+
+
+# The working folder.
+
+
+def test_a_working_folder_that_is_a_file_or_below_one_is_refused(tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    for name in ("file", "file/below/it"):
+        with pytest.raises(UserError, match="is a file"):
+            cli.check_workdir(str(tmp_path / name), "elsewhere")
+
+
+def test_a_remote_working_folder_is_refused():
+    with pytest.raises(UserError, match="on this machine"):
+        cli.check_workdir("gs://bucket/work", "elsewhere")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_working_folder_that_cannot_be_written_is_refused(tmp_path: Path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(UserError, match="not writable"):
+        cli.check_workdir(str(tmp_path / "work"), "elsewhere")
+    tmp_path.chmod(0o700)
+
+
+def test_a_missing_parent_of_the_working_folder_is_fine(tmp_path: Path):
+    cli.check_workdir(str(tmp_path / "a" / "b" / "c"), "elsewhere")
+
+
+@pytest.mark.parametrize(
+    ("workdir", "source"),
+    [
+        ("images", "images"),
+        ("images/run", "images"),
+        ("images/run", "images/"),
+        ("images/new/run", "images/*"),
+        ("images/run", "ima*"),
+        ("images/a/run", "images/**/*.png"),
+        ("link/run", "images"),
+        ("images/../images/run", "images"),
+        ("images/1/run", "images/{SPAN}/*"),
+    ],
+)
+def test_a_working_folder_inside_the_images_is_refused(tmp_path: Path, monkeypatch, workdir, source):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "images")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="lies inside --images"):
+        cli.check_workdir(workdir, source)
+
+
+@pytest.mark.parametrize(
+    ("workdir", "source"),
+    [
+        ("run", "images"),
+        ("images-run", "images"),
+        (".", "images"),
+        ("run", "images/*"),
+        ("images/run", "images/*.tar"),
+        ("run", "gs://bucket/images"),
+        ("images/run", "images/a/*"),
+    ],
+)
+def test_a_working_folder_beside_the_images_is_fine(tmp_path: Path, monkeypatch, workdir, source):
+    (tmp_path / "images").mkdir()
+    monkeypatch.chdir(tmp_path)
+    cli.check_workdir(workdir, source)
+
+
+# Failures.
+
+
+def chained(outer: BaseException, inner: BaseException) -> BaseException:
+    try:
+        try:
+            raise inner
+        except BaseException as error:
+            raise outer from error
+    except BaseException as error:
+        return error
+
+
+BEAM = """Traceback (most recent call last):
+  File "apache_beam/runners/common.py", line 1501, in process
+trainer_module.errors.UserError: 7 of 9 images are bad; raise ingest.max_bad_fraction [while running 'Check/Count']
+
+During handling of the above exception, another exception occurred:
+RuntimeError: more"""
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (UserError("mend it"), "mend it"),
+        (UserError("mend it [while running 'Read/ParDo']"), "mend it"),
+        (chained(RuntimeError("outer"), UserError("mend it")), "mend it"),
+        (RuntimeError(BEAM), "7 of 9 images are bad; raise ingest.max_bad_fraction"),
+        (chained(ValueError("outer"), RuntimeError(BEAM)), "7 of 9 images are bad; raise ingest.max_bad_fraction"),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "/disk/x"),
+            "no space left on the disk while writing /disk/x",
+        ),
+        (chained(RuntimeError("x"), OSError(errno.ENOSPC, "No space left on device")), "no space left on the disk"),
+        (RuntimeError("OSError: [Errno 28] No space left on device [while running 'W']"), "no space left on the disk"),
+    ],
+)
+def test_what_a_user_can_mend_is_found_wherever_it_hides(error, line):
+    assert (cli.user_error(error) or "").startswith(line)
+    assert "while running" not in (cli.user_error(error) or "")
+
+
+def test_a_user_error_raised_by_a_real_dofn_is_said_in_its_own_words():
+    code = """
+import logging, sys
+logging.disable()
+import apache_beam as beam
+from pipeline import cli
+from trainer_module.errors import UserError
+class Refuse(beam.DoFn):
+    def process(self, element):
+        raise UserError("7 of 9 images are bad; mend them")
+try:
+    runner = "apache_beam.runners.portability.fn_api_runner.FnApiRunner"
+    with beam.Pipeline(runner) as pipeline:
+        pipeline | beam.Create([1]) | beam.ParDo(Refuse())
+except Exception as error:
+    print(cli.user_error(error))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True, check=True)
+    assert done.stdout == "7 of 9 images are bad; mend them\n"
+
+
+def test_every_other_error_is_ours():
+    assert cli.user_error(ValueError("x")) is None
+    assert cli.user_error(OSError(errno.EACCES, "denied")) is None
+    assert cli.user_error(RuntimeError("the class UserError: is mentioned only")) is None
+
+
+def test_a_fault_of_ours_keeps_its_traceback_and_gives_code_1(capsys, monkeypatch):
+    def broken(_):
+        raise ValueError("boom")
+
+    monkeypatch.setattr(cli, "_bench", broken)
+    assert cli.main(["bench", "x"]) == 1
+    said = capsys.readouterr().err
+    assert "ValueError: boom" in said
+    assert "Traceback" in said
+    assert "fault of this program" in said.splitlines()[-1]
+
+
+# A run that waits where the sources are checked, until the interrupt comes.
+WAITING = """
+import sys, time
+from components.image_example_gen import sources
+from pipeline import cli
+def check(_):
+    print("waiting", flush=True)
+    time.sleep(60)
+sources.check = check
+sys.exit(cli.main(["run", "--images", sys.argv[1], "--workdir", sys.argv[2]]))
+"""
+
+
+def test_an_interrupted_run_says_that_the_same_command_continues(tmp_path: Path):
+    images = tmp_path / "images"
+    images.mkdir()
+    command = [sys.executable, "-c", WAITING, str(images), str(tmp_path / "work")]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "waiting\n"
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=60)[1] == "moco: interrupted; the same command continues\n"
+    assert process.returncode == 130
+
+
+# ./moco test and ./moco bench.
+
+
+def test_test_says_what_each_group_covers_and_hands_on_arguments_and_exit_code():
+    target = "tests/pipeline/test_config.py"
+    done = moco("test", "-k", "four", target, "--co", "-p", "no:cacheprovider")
+    assert done.returncode == 0
+    assert "tests/pipeline\n" in done.stdout
+    assert re.search(r"^  cli +The command line: help", done.stdout, re.MULTILINE)
+    assert done.stdout.count("test_config.py::test_") == 1
+    assert moco("test", "-k", "there_is_no_such_test", target).returncode == 5
+
+
+def test_groups_are_folders_with_a_line_for_each_module(tmp_path: Path):
+    for path, text in {
+        "tests/a/test_one.py": '"""What one covers.\n\nMore."""\n',
+        "tests/a/b/test_two.py": "import os\n",
+        "tests/a/helper.py": '"""No test."""\n',
+    }.items():
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(text)
+    shown = [line.split() for line in cli.test_groups(tmp_path / "tests")]
+    assert shown == [["tests/a"], ["one", "What", "one", "covers."], ["tests/a/b"], ["two"]]
+
+
+def test_bench_refuses_a_missing_folder_for_its_figures_before_it_measures(tmp_path: Path):
+    with pytest.raises(UserError, match="does not exist"):
+        bench.run("any", str(tmp_path / "nowhere" / "figures.json"))

@@ -1,0 +1,351 @@
+"""Configuration: presets, files and --set; a refusal is one line that names key, value and the nearest valid one."""
+
+import dataclasses
+import enum
+import json
+import math
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from pipeline import config as configuration
+from pipeline.config import CHOICES, RANGES, Config, flatten, load, preset_names, to_yaml, validate
+from trainer_module.config import Head, RecipeOrder, Schedule, Stem, Where
+from trainer_module.errors import UserError
+
+DEFAULTS = configuration._schema()
+NUMERIC = sorted(key for key, leaf in DEFAULTS.items() if leaf.hint in (int, float))
+
+
+def refusal(*overrides: str, base: str = "moco_v2") -> str:
+    with pytest.raises(UserError) as caught:
+        load(base, overrides)
+    text = str(caught.value)
+    assert "\n" not in text
+    return text
+
+
+# Presets.
+
+
+def test_the_presets_are_these_four():
+    assert preset_names() == ["cifar", "demo", "moco_v1", "moco_v2"]
+
+
+@pytest.mark.parametrize("name", ["cifar", "demo", "moco_v1", "moco_v2"])
+def test_each_preset_loads_bears_its_name_and_says_what_it_is_for(name):
+    assert load(name).name == name
+    header = (configuration.PRESETS / f"{name}.yaml").read_text().split("\n\n")[0]
+    assert "Launch:" in header
+    assert "Sources:" in header
+    assert f"--config {name}" in header
+
+
+def test_moco_v1_and_v2_are_the_papers():
+    v1, v2 = load("moco_v1"), load("moco_v2")
+    for preset in (v1, v2):
+        train = preset.train
+        assert (train.queue, train.momentum, train.global_batch, train.epochs) == (65536, 0.999, 256, 200)
+        assert (train.learning_rate, train.sgd_momentum, train.weight_decay) == (0.03, 0.9, 1e-4)
+        assert (preset.encoder.name, preset.encoder.stem, preset.encoder.width) == ("resnet50", Stem.imagenet, 64)
+        assert (preset.encoder.dim, preset.augment.size, preset.augment.crop_scale_min) == (128, 224, 0.2)
+        assert (preset.augment.gray_probability, preset.augment.flip_probability) == (0.2, 0.5)
+    assert (v1.train.temperature, v1.train.schedule, v1.train.milestones) == (0.07, Schedule.step, (120, 160))
+    assert (v2.train.temperature, v2.train.schedule) == (0.2, Schedule.cosine)
+    assert (v1.encoder.head, v2.encoder.head) == (Head.v1, Head.v2)
+    assert (v1.augment.order, v1.augment.hue, v1.augment.jitter_probability) == (RecipeOrder.v1, 0.4, 1.0)
+    assert v1.augment.blur_probability == 0
+    assert (v2.augment.order, v2.augment.hue, v2.augment.jitter_probability) == (RecipeOrder.v2, 0.1, 0.8)
+    assert (v2.augment.blur_probability, v2.augment.blur_sigma_min, v2.augment.blur_sigma_max) == (0.5, 0.1, 2.0)
+
+
+def test_cifar_is_the_authors_notebook():
+    cifar = load("cifar")
+    train = cifar.train
+    assert (train.queue, train.momentum, train.temperature) == (4096, 0.99, 0.1)
+    assert (train.learning_rate, train.global_batch, train.weight_decay, train.replicas) == (0.06, 512, 5e-4, 8)
+    assert (cifar.augment.size, cifar.augment.blur_probability, cifar.image.storage_size) == (32, 0, 32)
+    assert (cifar.evaluate.knn_k, cifar.evaluate.knn_temperature) == (200, 0.1)
+
+
+def test_moco_v2_lists_every_key_so_that_it_can_be_looked_up():
+    listed = yaml.safe_load((configuration.PRESETS / "moco_v2.yaml").read_text())
+    settings_listed = {setting.key for setting in configuration._settings(listed, "")}
+    assert settings_listed == set(DEFAULTS) - {"name"}
+
+
+# Files and --set.
+
+
+def test_a_file_changes_the_preset_that_it_names_and_set_wins_over_the_file(tmp_path: Path):
+    file = tmp_path / "my photos.yaml"
+    file.write_text("preset: cifar\ntrain:\n  epochs: 7\n  queue: 8192\n")
+    config = load(str(file), ["train.epochs=9"])
+    assert (config.name, config.train.epochs, config.train.queue, config.train.momentum) == ("my-photos", 9, 8192, 0.99)
+
+
+def test_a_file_without_preset_starts_from_the_defaults(tmp_path: Path):
+    file = tmp_path / "own.yaml"
+    file.write_text("name: mine\ntrain: {epochs: 7}\n")
+    expected = dataclasses.replace(Config(), name="mine", train=dataclasses.replace(Config().train, epochs=7))
+    assert load(str(file)) == expected
+
+
+def test_set_takes_numbers_enums_lists_booleans_sections_and_references():
+    config = load(
+        "moco_v2",
+        [
+            "train.epochs=1e3",
+            "train.weight_decay=1e-5",
+            "augment.where=trainer",
+            "train.milestones=[10, 20]",
+            "evaluate.linear_probe=false",
+            "encoder={name: resnet18, dim: 64}",
+            "train.key_bn.mode=none",
+            "train.queue=${train.global_batch}",
+            "ingest.label_key=a=b",
+        ],
+    )
+    assert (config.train.epochs, config.train.weight_decay, config.augment.where) == (1000, 1e-5, Where.trainer)
+    assert (config.train.milestones, config.evaluate.linear_probe) == ((10, 20), False)
+    assert (config.encoder.name, config.encoder.dim, config.train.key_bn.mode.name) == ("resnet18", 64, "none")
+    assert (config.train.queue, config.ingest.label_key) == (256, "a=b")
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("train.que=3", ["train.que ", "did you mean train.queue?"]),
+        ("queue=3", ["did you mean train.queue?"]),
+        ("train.lr=3", ["did you mean train.learning_rate?"]),
+        ("trian.epochs=3", ["trian.epochs", "did you mean train.epochs?"]),
+        ("train.milestones[0]=3", ["train.milestones", "[120,160]"]),
+        ("train.epochs=many", ["train.epochs=many", "not an integer", "train.epochs=200"]),
+        ("train.epochs=1.5", ["train.epochs=1.5", "not an integer", "train.epochs=2"]),
+        ("train.epochs=true", ["train.epochs=true", "not an integer"]),
+        ("train.epochs=null", ["train.epochs=null", "not an integer"]),
+        ("train.epochs='???'", ["train.epochs='???'", "not an integer"]),
+        ("train.temperature=warm", ["train.temperature=warm", "not a number", "0.2"]),
+        ("evaluate.linear_probe=perhaps", ["evaluate.linear_probe=perhaps", "not true or false"]),
+        ("train.milestones=120", ["train.milestones=120", "not a list of integers", "[120]"]),
+        ("train.milestones=1,2", ["not a list of integers", "[1,2]"]),
+        ("train.milestones=[a]", ["train.milestones=[a]", "[120,160]"]),
+        ("train.milestones=[5,0]", ["train.milestones=[5,0]", "[5,1]"]),
+        ("train.schedule=cosin", ["train.schedule=cosin", "cosine, step", "e.g. train.schedule=cosine"]),
+        ("augment.where=null", ["augment.where=null", "beam"]),
+        ("encoder.name=resnet51", ["encoder.name=resnet51", "resnet50, resnet1", "e.g. encoder.name=resnet50"]),
+        ("train=3", ["train is a section", "train.replicas=2"]),
+        ("train.key_bn=none", ["train.key_bn is a section", "train.key_bn.mode"]),
+        ("name=a b", ["name='a b'", "name=a-b"]),
+        ("preset=demo", ["--config demo"]),
+        ("train.epochs", ["is not key=value", "train.epochs="]),
+        ("train", ["is not key=value", "train.replicas="]),
+        ("=3", ["is not key=value"]),
+        ("", ["is not key=value"]),
+        ("train.epochs=[1,2", ["train.epochs=[1,2", "not YAML"]),
+        ("train.epochs=${train.nothing}", ["train.epochs", "train.nothing"]),
+        ("train.epochs=${", ["train.epochs=${"]),
+    ],
+)
+def test_what_cannot_be_read_is_refused_in_one_line_with_the_mend(override, words):
+    text = refusal(override)
+    for word in words:
+        assert word in text
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["train.queue=100"], ["train.queue=100", "train.global_batch=256", "e.g. train.queue=256"]),
+        (["train.global_batch=250"], ["train.global_batch=250", "train.replicas=8", "248 or 256"]),
+        (["train.global_batch=3"], ["train.global_batch=3", "e.g. train.global_batch=8"]),
+        (["augment.size=300"], ["augment.size=300", "image.storage_size=256", "e.g. augment.size=256"]),
+        (["image.eval_resize=100"], ["image.eval_resize=100", "augment.size=224", "image.eval_resize=224"]),
+        (["augment.where=beam", "augment.pairs_per_image=0"], ["augment.pairs_per_image=0", "augment.where=beam"]),
+        (["augment.order=v1"], ["augment.blur_probability=0.5", "augment.order=v1"]),
+        (["ingest.max_pixels=63"], ["ingest.max_pixels=63", "ingest.min_side=8", "e.g. ingest.max_pixels=64"]),
+        (["augment.crop_scale_max=0.1"], ["augment.crop_scale_min=0.2", "augment.crop_scale_max=0.1"]),
+        (["augment.crop_ratio_min=2"], ["augment.crop_ratio_min=2", "augment.crop_ratio_max="]),
+        (["augment.blur_sigma_min=3"], ["augment.blur_sigma_min=3", "e.g. augment.blur_sigma_min=2"]),
+        (["train.schedule=step", "train.milestones=[3,2,3]"], ["train.milestones=[3,2,3]", "[2,3]"]),
+        (["train.epochs=3", "train.epochs=4"], ["train.epochs", "twice", "3 and 4"]),
+    ],
+)
+def test_what_cannot_work_together_is_refused_with_the_nearest_valid_value(overrides, words):
+    text = refusal(*overrides)
+    for word in words:
+        assert word in text
+
+
+def test_the_value_that_a_refusal_proposes_is_accepted():
+    for override in ["train.queue=100", "train.global_batch=250", "augment.size=300", "train.epochs=-4", "seed=-1"]:
+        proposed = refusal(override).rpartition("e.g. ")[2].split(" or ")[0]
+        load("moco_v2", [proposed])
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("train:\n  epochs: 3\n bad\n", ["line 3", "not YAML"]),
+        ("train:\n  epochs: 3\n  epochs: 4\n", ["line 3", "epochs"]),
+        ("- 1\n- 2\n", ["list"]),
+        ("just words\n", ["just words is not a setting"]),
+        ("42\n", ["holds no keys"]),
+        ("train:\n  epoch: 3\n", ["train.epoch ", "did you mean train.epochs?"]),
+        ("train:\n  epochs: many\n", ["train.epochs=many"]),
+        ("train: 3\n", ["train is a section"]),
+        ("train:\n", ["train is a section"]),
+        ("preset: moco_v3\n", ["preset=moco_v3", "moco_v2"]),
+        ("preset: [1]\n", ["preset="]),
+        ("1: 2\n", ["1 is not a setting"]),
+        ("train:\n  learning: {rate: 3}\n", ["train.learning", "train.learning_rate"]),
+        ("\x00", []),
+    ],
+)
+def test_a_wrong_file_is_refused_in_one_line_that_names_it(tmp_path: Path, content, words):
+    file = tmp_path / "mine.yaml"
+    file.write_text(content)
+    text = refusal(base=str(file))
+    for word in ["mine.yaml", *words]:
+        assert word in text
+
+
+def test_a_file_that_is_no_text_is_refused(tmp_path: Path):
+    file = tmp_path / "image.yaml"
+    file.write_bytes(b"\xff\xd8\xff\xe0 not text")
+    assert "image.yaml" in refusal(base=str(file))
+
+
+def test_an_empty_file_is_the_defaults(tmp_path: Path):
+    file = tmp_path / "empty.yaml"
+    file.write_text("")
+    assert load(str(file)) == dataclasses.replace(Config(), name="empty")
+
+
+def test_a_missing_preset_or_file_is_refused_with_the_nearest_ones(tmp_path: Path):
+    (tmp_path / "photos.yaml").write_text("")
+    assert "did you mean moco_v2?" in refusal(base="moco_v3")
+    assert f"did you mean {tmp_path}/photos.yaml?" in refusal(base=f"{tmp_path}/photo.yaml")
+    assert "presets: " in refusal(base="/nowhere/at/all.yaml")
+    assert "is a folder" in refusal(base=str(tmp_path))
+    assert "neither a file nor a preset" in refusal(base="")
+
+
+# Ranges.
+
+
+def test_every_number_has_a_range_that_holds_its_default_and_every_range_a_key():
+    lists = {key for key, leaf in DEFAULTS.items() if isinstance(leaf.default, tuple)}
+    assert set(RANGES) == set(NUMERIC) | lists
+    assert set(CHOICES) <= set(DEFAULTS)
+    validate(Config())
+
+
+@settings(max_examples=200, deadline=None)
+@given(key=st.sampled_from(NUMERIC), value=st.sampled_from([math.nan, math.inf, -math.inf, -1e30, 1e30]))
+def test_no_number_may_be_nonsense(key, value):
+    with pytest.raises(UserError, match=f"^{key}="):
+        configuration._check_value(key, value)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(key=st.sampled_from(NUMERIC), data=st.data())
+def test_a_number_out_of_its_range_is_refused_with_one_that_lies_within(key, data):
+    bounds, kind = RANGES[key], DEFAULTS[key].hint
+    step = 1 if kind is int else 1e-3
+    outside = data.draw(st.sampled_from([bounds.low - step, bounds.high + step]))
+    text = refusal(f"{key}={kind(outside)!r}")
+    assert text.startswith(f"{key}=")
+    proposed = text.rpartition(f"e.g. {key}=")[2]
+    assert bounds.admits(kind(proposed))
+
+
+def test_open_ends_are_refused_themselves():
+    for key, bounds in RANGES.items():
+        assert bounds.admits(bounds.low) is not bounds.low_open, key
+        assert bounds.admits(bounds.high) is not bounds.high_open, key
+
+
+@settings(max_examples=60, deadline=None)
+@given(text=st.text(max_size=30))
+def test_no_text_after_set_raises_anything_but_a_user_error(text):
+    with pytest.raises(UserError) as caught:
+        load("demo", [text])
+    assert "\n" not in str(caught.value)
+
+
+@settings(max_examples=100, deadline=None)
+@given(key=st.sampled_from(sorted(DEFAULTS)), value=st.text(max_size=20))
+def test_no_value_after_set_raises_anything_but_a_user_error_of_one_line(key, value):
+    refusals = []
+    try:
+        load("demo", [f"{key}={value}"])
+    except UserError as error:
+        refusals.append(str(error))
+    assert all(len(text.splitlines()) == 1 for text in refusals)
+
+
+# Writing.
+
+
+@st.composite
+def configs(draw: st.DrawFn) -> Config:
+    replicas = draw(st.integers(1, 64))
+    batch = replicas * draw(st.integers(1, 64))
+    overrides = {
+        "seed": draw(st.integers(0, 2**31 - 1)),
+        "augment.hue": draw(st.floats(0, 0.5)),
+        "train.learning_rate": draw(st.floats(1e-12, 1000)),
+        "train.replicas": replicas,
+        "train.global_batch": batch,
+        "train.queue": batch + draw(st.integers(0, 10**6)),
+        "train.schedule": draw(st.sampled_from(["cosine", "step"])),
+        "train.milestones": sorted(draw(st.sets(st.integers(1, 10**6), max_size=4))),
+        "augment.where": draw(st.sampled_from(["beam", "trainer", "both"])),
+        "evaluate.linear_probe": draw(st.booleans()),
+    }
+    return load("moco_v2", [f"{key}={json.dumps(value)}" for key, value in overrides.items()])
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(config=configs())
+def test_what_is_written_reads_back_equal(tmp_path_factory, config):
+    file = tmp_path_factory.mktemp("config") / "resolved.yaml"
+    file.write_text(to_yaml(config))
+    assert load(str(file)) == config
+
+
+def test_flatten_names_every_key_with_types_of_json():
+    flat = flatten(load("moco_v1"))
+    assert set(flat) == set(DEFAULTS)
+    assert json.loads(json.dumps(flat)) == flat
+    assert (flat["train.milestones"], flat["train.schedule"], flat["train.queue"]) == ([120, 160], "step", 65536)
+
+
+def test_every_part_is_frozen():
+    def parts(value):
+        yield value
+        for field in dataclasses.fields(value):
+            inner = getattr(value, field.name)
+            if dataclasses.is_dataclass(inner):
+                yield from parts(inner)
+
+    for part in parts(load("demo")):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(part, dataclasses.fields(part)[0].name, None)
+        assert isinstance(hash(part), int)
+
+
+def test_every_enum_is_written_by_a_name_that_reads_back():
+    for key, leaf in DEFAULTS.items():
+        if isinstance(leaf.hint, type) and issubclass(leaf.hint, enum.Enum):
+            for member in leaf.hint:
+                overrides = [f"{key}={member.name}", "augment.blur_probability=0"]
+                section, _, name = key.rpartition(".")
+                part = load("moco_v2", overrides)
+                for step in section.split("."):
+                    part = getattr(part, step)
+                assert getattr(part, name) is member

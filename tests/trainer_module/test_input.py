@@ -1,0 +1,129 @@
+"""The trainer's input: epochs of pairs, the order by seed, and going on from any step."""
+
+import json
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from trainer_module.config import AugmentConfig, Where
+from trainer_module.errors import UserError
+from trainer_module.input import dataset_from, open_source, steps_per_epoch
+from trainer_module.views import view_pair
+
+SIZE, IMAGES, PAIRS, SHARDS, SEED = 8, 22, 2, 3, 4
+BEAM = AugmentConfig(size=SIZE, pairs_per_image=PAIRS, where=Where.beam)
+BOTH = AugmentConfig(size=SIZE, pairs_per_image=PAIRS, where=Where.both)
+TRAINER = AugmentConfig(size=SIZE, pairs_per_image=PAIRS, where=Where.trainer)
+
+
+def bytes_feature(value):
+    return tf.train.Feature(bytes_list=tf.train.BytesList(value=[value]))
+
+
+def write_records(path, rows):
+    with tf.io.TFRecordWriter(str(path)) as writer:
+        for row in rows:
+            feature = {name: bytes_feature(value) for name, value in row.items()}
+            writer.write(tf.train.Example(features=tf.train.Features(feature=feature)).SerializeToString())
+    return {"name": path.name, "records": len(rows), "bytes": path.stat().st_size}
+
+
+@pytest.fixture(scope="module")
+def split_dir(tmp_path_factory):
+    """What ViewAugmenter writes for `both`: stored images, and their first pairs."""
+    folder = tmp_path_factory.mktemp("views") / "Split-train"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    images = {f"{i:064x}": rng.integers(0, 256, (12, 10, 3)).astype("uint8") for i in range(IMAGES)}
+    shards = [list(images)[i::SHARDS] for i in range(SHARDS)]
+    files = []
+    for shard, ids in enumerate(shards):
+        tail = f"{shard:05d}-of-{SHARDS:05d}.tfrecord"
+        stored = [{"id": i.encode(), "image": tf.io.encode_png(images[i]).numpy()} for i in ids]
+        files.append(write_records(folder / f"images-{tail}", stored))
+        for pair in range(PAIRS):
+            views = {i: view_pair(tf.constant(images[i]), i, pair, SEED, BEAM).numpy() for i in ids}
+            rows = [{"id": i.encode(), "query": v[0].tobytes(), "key": v[1].tobytes()} for i, v in views.items()]
+            files.append(write_records(folder / f"views-p{pair:04d}-{tail}", rows))
+    manifest = {"size": SIZE, "pairs_per_image": PAIRS, "images": IMAGES, "files": files}
+    (folder.parent / "views.json").write_text(json.dumps(manifest))
+    return folder
+
+
+def batches(split_dir, augment, epochs=3, start=0, batch=5, seed=SEED):
+    source = open_source(str(split_dir), augment)
+    data = dataset_from(source, augment, seed, epochs, batch, start)
+    return [(q.numpy(), k.numpy()) for q, k in data]
+
+
+def test_an_epoch_holds_every_image_at_most_once_and_drops_the_rest(split_dir):
+    assert steps_per_epoch(open_source(str(split_dir), BEAM), 5) == 4
+    queries = np.concatenate([q for q, _ in batches(split_dir, BEAM, epochs=1)])
+    assert len(queries) == 20
+    assert len(np.unique(queries.reshape(20, -1), axis=0)) == 20
+
+
+def test_going_on_from_a_step_gives_the_batches_that_would_have_come(split_dir):
+    whole = batches(split_dir, BOTH)
+    for start in (1, 4, 7, 11):
+        rest = batches(split_dir, BOTH, start=start)
+        assert len(rest) == len(whole) - start
+        for (q, k), (expected_q, expected_k) in zip(rest, whole[start:], strict=True):
+            np.testing.assert_array_equal(q, expected_q)
+            np.testing.assert_array_equal(k, expected_k)
+
+
+def test_views_made_by_the_trainer_are_those_that_beam_stored(split_dir):
+    as_sets = []
+    for augment in (BEAM, BOTH, TRAINER):
+        # One batch of everything, so that the order within the epoch does not matter.
+        pairs = [np.concatenate([q, k], axis=1) for q, k in batches(split_dir, augment, epochs=2, batch=IMAGES)]
+        as_sets.append([{p.tobytes() for p in epoch} for epoch in pairs])
+    assert as_sets[0] == as_sets[1] == as_sets[2]
+    assert as_sets[0][0].isdisjoint(as_sets[0][1])
+
+
+def test_stored_pairs_come_round_again_where_only_beam_makes_them(split_dir):
+    epochs = [{q.tobytes() for q in b[0]} for b in batches(split_dir, BEAM, epochs=3, batch=IMAGES)]
+    assert epochs[0] == epochs[2] != epochs[1]
+
+
+def test_new_pairs_come_once_the_stored_ones_are_used_up_in_both(split_dir):
+    epochs = [{q.tobytes() for q in b[0]} for b in batches(split_dir, BOTH, epochs=3, batch=IMAGES)]
+    assert epochs[2].isdisjoint(epochs[0])
+
+
+def test_the_order_changes_with_epoch_and_seed(split_dir):
+    same = batches(split_dir, BEAM, epochs=3)
+    again = batches(split_dir, BEAM, epochs=3)
+    other = batches(split_dir, BEAM, epochs=3, seed=SEED + 1)
+    np.testing.assert_array_equal(same[0][0], again[0][0])
+    assert np.any(same[0][0] != other[0][0])
+    assert np.any(same[0][0] != same[8][0])
+
+
+def test_fewer_images_than_a_batch_are_refused_with_the_largest_batch(split_dir):
+    with pytest.raises(UserError, match=f"at most {IMAGES}"):
+        steps_per_epoch(open_source(str(split_dir), BEAM), IMAGES + 1)
+
+
+@pytest.mark.parametrize("harm", ["missing", "truncated"])
+def test_a_missing_or_truncated_shard_is_named_and_refused(split_dir, tmp_path, harm):
+    copy = tmp_path / "Split-train"
+    copy.mkdir()
+    for file in split_dir.iterdir():
+        (copy / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "views.json").write_text((split_dir.parent / "views.json").read_text())
+    victim = copy / "views-p0001-00001-of-00003.tfrecord"
+    if harm == "missing":
+        victim.unlink()
+    else:
+        victim.write_bytes(victim.read_bytes()[:-7])
+    with pytest.raises(UserError, match=victim.name):
+        open_source(str(copy), BEAM)
+
+
+def test_views_of_another_size_are_refused(split_dir):
+    with pytest.raises(UserError, match=r"augment\.size is 16"):
+        open_source(str(split_dir), AugmentConfig(size=16))

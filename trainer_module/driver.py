@@ -1,0 +1,232 @@
+"""The thin driver: variables under a strategy, one compiled step, the loop, checkpoints.
+
+The step itself is pure (trainer_module.moco); here its state lives in variables, each held once per replica. All
+replicas compute the same new state from the same sums, so they assign it locally, with no further traffic.
+"""
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from trainer_module import progress
+from trainer_module.config import Schedule, TrainConfig
+from trainer_module.errors import UserError
+from trainer_module.moco import Metrics, MoCo, State, initial_state
+from trainer_module.replica import current_replica
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What training did.
+
+    Attributes:
+        steps: steps in all, over all starts.
+        resumed_from: step of the checkpoint that this start continued, 0 for none.
+        images_per_second: query images per second of this start, without the compilation; None if it had no step left.
+        final_loss, pretext_top1, alignment: averages over the last epoch's steps of this start.
+    """
+
+    steps: int
+    resumed_from: int
+    images_per_second: float | None
+    final_loss: float
+    pretext_top1: float
+    alignment: float
+
+
+def make_strategy(replicas: int) -> tf.distribute.Strategy:
+    """A strategy over R replicas on this machine's CPU, as logical devices.
+
+    Raises:
+        RuntimeError: TensorFlow has already started with fewer logical devices, see `prepare_devices`.
+    """
+    prepare_devices(replicas)
+    if replicas == 1:
+        return tf.distribute.get_strategy()
+    return tf.distribute.MirroredStrategy(
+        [f"CPU:{i}" for i in range(replicas)], cross_device_ops=tf.distribute.ReductionToOneDevice()
+    )
+
+
+def prepare_devices(replicas: int) -> None:
+    """Splits the CPU into R logical devices; has to run before TensorFlow's first operation.
+
+    Raises:
+        RuntimeError: TensorFlow has already started with fewer logical devices.
+    """
+    cpu = tf.config.list_physical_devices("CPU")[0]
+    present = tf.config.get_logical_device_configuration(cpu) or []
+    if len(present) < replicas and replicas > 1:
+        tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * replicas)
+
+
+def learning_rate(config: TrainConfig, steps_per_epoch: int) -> Callable[[tf.Tensor], tf.Tensor]:
+    """The schedule of main_moco.py: changed once an epoch, no warm-up.
+
+    Returns:
+        A function of the step, int32[], to the rate, float32[].
+    """
+
+    def rate(step: tf.Tensor) -> tf.Tensor:
+        epoch = step // steps_per_epoch
+        if config.schedule is Schedule.cosine:
+            share = tf.cast(epoch, tf.float32) / config.epochs
+            return config.learning_rate * 0.5 * (1 + tf.cos(math.pi * share))
+        passed = tf.reduce_sum(tf.cast(epoch >= tf.constant(config.milestones, tf.int32), tf.float32))
+        return config.learning_rate * 0.1**passed
+
+    return rate
+
+
+class Driver:
+    """Holds the state in variables, runs steps, saves and restores."""
+
+    def __init__(self, moco: MoCo, config: TrainConfig, strategy: tf.distribute.Strategy, seed: int) -> None:
+        self._moco, self._config, self._strategy = moco, config, strategy
+        with strategy.scope():
+            self._variables = tf.nest.map_structure(_variable, initial_state(moco.model, config.queue, seed))
+        flat = tf.nest.flatten(self._variables)
+        self._checkpoint = tf.train.Checkpoint(**{f"state{i:04d}": v for i, v in enumerate(flat)})
+
+    @property
+    def step(self) -> int:
+        """Steps done."""
+        return int(self._variables.step.numpy())
+
+    def state(self) -> State:
+        """The present state as NumPy arrays, of the first replica."""
+        return tf.nest.map_structure(lambda v: v.numpy(), self._variables)
+
+    def copy_weights_to(self, model: keras.Model) -> None:
+        """Writes f_q's parameters and running statistics into the Keras model."""
+        state = self.state()
+        for variables, values in (
+            (model.trainable_variables, state.query),
+            (model.non_trainable_variables, state.query_stats),
+        ):
+            for variable, value in zip(variables, values, strict=True):
+                variable.assign(value)
+
+    def checkpoints(self, directory: str) -> tf.train.CheckpointManager:
+        """The checkpoints of this run; the two newest are kept."""
+        return tf.train.CheckpointManager(self._checkpoint, directory, max_to_keep=2)
+
+    def compiled_step(self) -> Callable[[Iterator[tuple[tf.Tensor, tf.Tensor]]], Metrics]:
+        """One step over all replicas as a graph: takes the next global batch, returns the metrics."""
+
+        def replica_step(views: tuple[tf.Tensor, tf.Tensor]) -> Metrics:
+            state = tf.nest.map_structure(tf.convert_to_tensor, self._variables)
+            new, metrics = self._moco.step(state, *views, current_replica(self._strategy))
+            tf.nest.map_structure(lambda variable, value: variable.assign(value), self._variables, new)
+            return metrics
+
+        @tf.function
+        def step(batches: Iterator[tuple[tf.Tensor, tf.Tensor]]) -> Metrics:
+            metrics = self._strategy.run(replica_step, args=(next(batches),))
+            return tf.nest.map_structure(lambda m: self._strategy.experimental_local_results(m)[0], metrics)
+
+        return step
+
+
+def _variable(value: tf.Tensor) -> tf.Variable:
+    return tf.Variable(
+        value,
+        trainable=False,
+        synchronization=tf.VariableSynchronization.ON_READ,
+        aggregation=tf.VariableAggregation.ONLY_FIRST_REPLICA,
+    )
+
+
+def train(
+    driver: Driver,
+    strategy: tf.distribute.Strategy,
+    dataset_from: Callable[[int], tf.data.Dataset],
+    config: TrainConfig,
+    steps_per_epoch: int,
+    checkpoint_dir: str,
+    log_dir: str,
+) -> Result:
+    """Trains to the end, from the newest checkpoint if there is one.
+
+    Args:
+        driver: holds the state.
+        strategy: that the driver was made under.
+        dataset_from: start step -> global batches of views, uint8[B, H, W, 3] twice, from that step on.
+        config: of the training.
+        steps_per_epoch: steps in one pass over the images.
+        checkpoint_dir: of this very experiment; another configuration needs another folder.
+        log_dir: for TensorBoard.
+
+    Raises:
+        UserError: the loss is not finite.
+    """
+    total = config.epochs * steps_per_epoch
+    manager = driver.checkpoints(checkpoint_dir)
+    manager.restore_or_initialize()
+    start = driver.step
+    watch = _Watch(start, total, steps_per_epoch, config, Path(log_dir))
+    if start < total:
+        batches = iter(strategy.experimental_distribute_dataset(dataset_from(start)))
+        step = driver.compiled_step()
+        saved = time.monotonic()
+        for done in range(start + 1, total + 1):
+            watch.see(done, step(batches))
+            if time.monotonic() - saved > config.checkpoint_seconds or done == total:
+                manager.save(checkpoint_number=done)
+                saved = time.monotonic()
+    return watch.result()
+
+
+class _Watch:
+    """Collects metrics, reports progress, writes TensorBoard points, stops a run that has diverged."""
+
+    def __init__(self, start: int, total: int, steps_per_epoch: int, config: TrainConfig, log_dir: Path) -> None:
+        self._start, self._total, self._window = start, total, steps_per_epoch
+        self._config, self._log_dir = config, log_dir
+        self._recent: list[Metrics] = []
+        self._clock_started_at = start
+        self._clock = self._reported = time.monotonic()
+        self._rate: float | None = None
+        self._writer = tf.summary.create_file_writer(str(log_dir / "train"))
+
+    def see(self, done: int, metrics: Metrics) -> None:
+        self._recent = [*self._recent[-self._window + 1 :], metrics]
+        if done == self._start + 1:
+            float(metrics.loss)  # waits for the first step, which compiles
+            self._clock, self._clock_started_at = time.monotonic(), done
+        now = time.monotonic()
+        if done % self._config.log_steps == 0 or done == self._total:
+            self._log(done, metrics)
+        if now - self._reported > 0.5 or done in (self._start + 1, self._total):
+            self._report(done, metrics, now)
+
+    def _log(self, done: int, metrics: Metrics) -> None:
+        if not np.isfinite(float(metrics.loss)):
+            raise UserError(
+                f"training diverged: the loss at step {done} is {float(metrics.loss)}; "
+                f"lower train.learning_rate (now {self._config.learning_rate:g})"
+            )
+        with self._writer.as_default(step=done):
+            for name, value in metrics._asdict().items():
+                tf.summary.scalar(name, value)
+
+    def _report(self, done: int, metrics: Metrics, now: float) -> None:
+        self._reported = now
+        figures = {"loss": float(metrics.loss)}
+        steps = done - self._clock_started_at
+        if steps > 0:
+            self._rate = steps * self._config.global_batch / (time.monotonic() - self._clock)
+            figures["images/s"] = self._rate
+        progress.report("train", done, self._total, "steps", **figures)
+
+    def result(self) -> Result:
+        self._writer.close()
+        means = [float(np.mean([float(v) for v in values])) for values in zip(*self._recent, strict=True)]
+        loss, top1, alignment = means or (math.nan, math.nan, math.nan)
+        return Result(self._total, self._start, self._rate, loss, top1, alignment)

@@ -1,0 +1,201 @@
+"""ResNet encoders f_q and f_k for MoCo, in torchvision's shape (v1.5: the stride is in the 3x3 convolution).
+
+Layer names are torchvision's (`layer1.0.conv1`), so that weights map one to one. Convolutions have no bias and pad
+symmetrically, batch normalisation has eps 1e-5 and momentum 0.9 in Keras's sense (0.1 in PyTorch's).
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from trainer_module.config import EncoderConfig, Head, Precision, Stem
+
+BLOCKS = {"resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3), "resnet50": (3, 4, 6, 3), "resnet101": (3, 4, 23, 3)}
+BOTTLENECK = ("resnet50", "resnet101")
+EXPANSION = 4  # of a bottleneck block
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoder:
+    """One architecture that both f_q and f_k use; the weights are passed in at every call.
+
+    Attributes:
+        model: image -> embedding of size dim, not normalised; the network that the loss trains.
+        backbone: image -> pooled features; the part that is evaluated and exported.
+    """
+
+    model: keras.Model
+    backbone: keras.Model
+
+
+class FusedBatchNormalization(keras.layers.Layer):
+    """Batch normalisation over the local batch as one fused op, forward and backward.
+
+    Keras's own layer computes mean, variance and the affine map in separate passes; the fused op reads the activations
+    once. As in PyTorch the running variance takes the unbiased batch variance.
+    """
+
+    def __init__(self, momentum: float = 0.9, epsilon: float = 1e-5, **kwargs: object) -> None:
+        super().__init__(**kwargs)
+        self.momentum, self.epsilon = momentum, epsilon
+
+    def build(self, input_shape: tuple[int | None, ...]) -> None:
+        """Makes gamma, beta, moving mean and moving variance, float32[C]."""
+        channels = input_shape[-1]
+
+        def weight(name: str, initializer: str, trainable: bool) -> keras.Variable:
+            # No autocast: the statistics must not pass through bfloat16.
+            return self.add_weight(
+                name=name,
+                shape=(channels,),
+                initializer=initializer,
+                dtype="float32",
+                trainable=trainable,
+                autocast=False,
+            )
+
+        self.gamma, self.beta = weight("gamma", "ones", True), weight("beta", "zeros", True)
+        self.moving_mean = weight("moving_mean", "zeros", False)
+        self.moving_variance = weight("moving_variance", "ones", False)
+
+    def call(self, x: tf.Tensor, training: bool = False) -> tf.Tensor:
+        """x: [N, H, W, C] -> the same shape; in training the running statistics move towards the batch's."""
+        moving_mean, moving_variance = (tf.convert_to_tensor(v) for v in (self.moving_mean, self.moving_variance))
+        nothing = tf.zeros([0])
+        y, mean, variance, *_ = tf.raw_ops.FusedBatchNormV3(
+            x=x,
+            scale=tf.convert_to_tensor(self.gamma),
+            offset=tf.convert_to_tensor(self.beta),
+            mean=nothing if training else moving_mean,
+            variance=nothing if training else moving_variance,
+            epsilon=self.epsilon,
+            is_training=training,
+        )
+        if training:
+            self.moving_mean.assign(self.momentum * moving_mean + (1 - self.momentum) * mean)
+            self.moving_variance.assign(self.momentum * moving_variance + (1 - self.momentum) * variance)
+        return y
+
+    def compute_output_shape(self, input_shape: tuple[int | None, ...]) -> tuple[int | None, ...]:
+        """The shape is kept."""
+        return input_shape
+
+
+def build_encoder(config: EncoderConfig, size: int, precision: Precision, seed: int) -> Encoder:
+    """Builds the architecture with its initial weights.
+
+    Args:
+        config: the architecture.
+        size: side of the input image in pixels.
+        precision: type of the activations.
+        seed: of the initial weights; the same seed gives the same weights.
+
+    Returns:
+        The encoder; its input is float32[N, size, size, 3], normalised, its outputs are float32.
+    """
+    layers = _Layers("mixed_bfloat16" if precision is Precision.bfloat16 else "float32", seed)
+    image = keras.Input((size, size, 3), name="image")
+    features = _resnet(layers, image, config)
+    features = keras.layers.GlobalAveragePooling2D(name="avgpool", dtype="float32")(features)
+    return Encoder(
+        model=keras.Model(image, _head(layers, features, config), name="encoder"),
+        backbone=keras.Model(image, features, name="backbone"),
+    )
+
+
+class _Layers:
+    """Makes layers of one precision, each with its own seed."""
+
+    def __init__(self, dtype: str, seed: int) -> None:
+        self.dtype = dtype
+        self.seeds: Iterator[int] = (
+            int(np.random.SeedSequence((seed, i)).generate_state(1)[0] >> 1) for i in itertools.count()
+        )
+
+    def conv(self, x: keras.KerasTensor, filters: int, kernel: int, stride: int, name: str) -> keras.KerasTensor:
+        if stride > 1 and kernel > 1:
+            # "same" would pad a strided convolution on one side only; torchvision pads both.
+            x = keras.layers.ZeroPadding2D(kernel // 2, name=name + ".pad", dtype=self.dtype)(x)
+        return keras.layers.Conv2D(
+            filters,
+            kernel,
+            strides=stride,
+            padding="same" if stride == 1 else "valid",
+            use_bias=False,
+            name=name,
+            dtype=self.dtype,
+            kernel_initializer=keras.initializers.VarianceScaling(
+                2.0, "fan_out", "untruncated_normal", seed=next(self.seeds)
+            ),
+        )(x)
+
+    def norm(self, x: keras.KerasTensor, name: str) -> keras.KerasTensor:
+        return FusedBatchNormalization(name=name, dtype=self.dtype)(x)
+
+    def relu(self, x: keras.KerasTensor, name: str) -> keras.KerasTensor:
+        return keras.layers.ReLU(name=name, dtype=self.dtype)(x)
+
+    def dense(self, x: keras.KerasTensor, units: int, name: str, dtype: str | None = None) -> keras.KerasTensor:
+        bound = 1.0 / np.sqrt(x.shape[-1])  # PyTorch's default for a linear layer, weight and bias
+
+        def uniform() -> keras.initializers.Initializer:
+            return keras.initializers.RandomUniform(-bound, bound, seed=next(self.seeds))
+
+        return keras.layers.Dense(
+            units, name=name, dtype=dtype or self.dtype, kernel_initializer=uniform(), bias_initializer=uniform()
+        )(x)
+
+
+def _resnet(layers: _Layers, image: keras.KerasTensor, config: EncoderConfig) -> keras.KerasTensor:
+    x = _stem(layers, image, config)
+    block: Callable[..., keras.KerasTensor] = _bottleneck if config.name in BOTTLENECK else _basic
+    for stage, blocks in enumerate(BLOCKS[config.name]):
+        for index in range(blocks):
+            stride = 2 if stage > 0 and index == 0 else 1
+            x = block(layers, x, config.width * 2**stage, stride, f"layer{stage + 1}.{index}")
+    return x
+
+
+def _stem(layers: _Layers, image: keras.KerasTensor, config: EncoderConfig) -> keras.KerasTensor:
+    kernel, stride = (7, 2) if config.stem is Stem.imagenet else (3, 1)
+    x = layers.conv(image, config.width, kernel, stride, "conv1")
+    x = layers.relu(layers.norm(x, "bn1"), "relu")
+    if config.stem is Stem.imagenet:
+        # Zeros are safe padding for the maximum, since the activations are not negative.
+        x = keras.layers.ZeroPadding2D(1, name="maxpool.pad", dtype=layers.dtype)(x)
+        x = keras.layers.MaxPooling2D(3, strides=2, name="maxpool", dtype=layers.dtype)(x)
+    return x
+
+
+def _basic(layers: _Layers, x: keras.KerasTensor, filters: int, stride: int, name: str) -> keras.KerasTensor:
+    y = layers.conv(x, filters, 3, stride, name + ".conv1")
+    y = layers.relu(layers.norm(y, name + ".bn1"), name + ".relu1")
+    y = layers.norm(layers.conv(y, filters, 3, 1, name + ".conv2"), name + ".bn2")
+    return _join(layers, _shortcut(layers, x, filters, stride, name), y, name)
+
+
+def _bottleneck(layers: _Layers, x: keras.KerasTensor, filters: int, stride: int, name: str) -> keras.KerasTensor:
+    y = layers.relu(layers.norm(layers.conv(x, filters, 1, 1, name + ".conv1"), name + ".bn1"), name + ".relu1")
+    y = layers.relu(layers.norm(layers.conv(y, filters, 3, stride, name + ".conv2"), name + ".bn2"), name + ".relu2")
+    y = layers.norm(layers.conv(y, filters * EXPANSION, 1, 1, name + ".conv3"), name + ".bn3")
+    return _join(layers, _shortcut(layers, x, filters * EXPANSION, stride, name), y, name)
+
+
+def _shortcut(layers: _Layers, x: keras.KerasTensor, filters: int, stride: int, name: str) -> keras.KerasTensor:
+    if stride == 1 and x.shape[-1] == filters:
+        return x
+    return layers.norm(layers.conv(x, filters, 1, stride, name + ".downsample.0"), name + ".downsample.1")
+
+
+def _join(layers: _Layers, shortcut: keras.KerasTensor, y: keras.KerasTensor, name: str) -> keras.KerasTensor:
+    return layers.relu(keras.layers.Add(name=name + ".add", dtype=layers.dtype)([shortcut, y]), name + ".relu")
+
+
+def _head(layers: _Layers, features: keras.KerasTensor, config: EncoderConfig) -> keras.KerasTensor:
+    if config.head is Head.v2:
+        features = layers.relu(layers.dense(features, features.shape[-1], "fc.0"), "fc.1")
+    return layers.dense(features, config.dim, "fc.2" if config.head is Head.v2 else "fc", dtype="float32")

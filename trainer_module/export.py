@@ -1,0 +1,133 @@
+"""What is published: the query encoder's backbone with its preprocessing, as a SavedModel in plain TensorFlow.
+
+Signatures, all returning {"embedding": float32[N, D]} of unit length (BN in inference mode):
+    serving_default(image_bytes: string[N])   encoded images
+    examples(examples: string[N])             serialised tf.Example with image/encoded
+    pixels(image: float32[N, H, W, 3])        values in [0, 255]
+"""
+
+import json
+import posixpath
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from trainer_module.images import centre_view, centre_views
+
+ENCODED = "image/encoded"
+PIXEL_SIDE = 32  # of the raw-pixel features that the evaluation compares with
+
+
+class EncoderModule(tf.Module):
+    """Images in, unit embeddings out; holds the weights and the Transform graph."""
+
+    def __init__(
+        self,
+        backbone: keras.Model,
+        transform: Any,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        resize: int,
+        size: int,
+    ) -> None:
+        """Wraps a backbone.
+
+        Args:
+            backbone: float32[N, size, size, 3], normalised -> float32[N, D]. Its weights are copied.
+            transform: trackable; maps {"image/encoded": string[N, 1]} to {"image": string[N, 1]}.
+            mean, std: per channel, in the units of the pixels.
+            resize: shorter side before the centre crop.
+            size: side of the centre crop.
+        """
+        super().__init__()
+        self._transform = transform
+        self._parameters = [tf.Variable(v.value, trainable=True) for v in backbone.trainable_variables]
+        self._stats = [tf.Variable(v.value, trainable=False) for v in backbone.non_trainable_variables]
+        self._backbone = backbone
+        self._mean, self._std = mean, std
+        self.resize, self.size = resize, size
+
+    # Keras layers must not be saved: whoever loads the model has TensorFlow only.
+    _TF_MODULE_IGNORED_PROPERTIES = frozenset(("_backbone", *tf.Module._TF_MODULE_IGNORED_PROPERTIES))
+
+    def embed_views(self, views: tf.Tensor) -> tf.Tensor:
+        """float32[N, size, size, 3] in [0, 255] -> unit float32[N, D]."""
+        x = (views - self._mean) / self._std
+        stats = [tf.convert_to_tensor(v) for v in self._stats]
+        features, _ = self._backbone.stateless_call(list(self._parameters), stats, x, training=False)
+        return tf.math.l2_normalize(tf.cast(features, tf.float32), axis=1)
+
+    def views(self, image_bytes: tf.Tensor) -> tf.Tensor:
+        """string[N] -> float32[N, size, size, 3] in [0, 255], through the Transform graph."""
+        stored = tf.reshape(self._transform({ENCODED: image_bytes[:, tf.newaxis]})["image"], [-1])
+        return tf.map_fn(
+            lambda png: centre_view(tf.io.decode_png(png, channels=3), self.resize, self.size),
+            stored,
+            fn_output_signature=tf.TensorSpec([self.size, self.size, 3]),
+        )
+
+    @tf.function(input_signature=[tf.TensorSpec([None], tf.string, name="image_bytes")])
+    def serving_default(self, image_bytes: tf.Tensor) -> dict[str, tf.Tensor]:
+        """Encoded images."""
+        return {"embedding": self.embed_views(self.views(image_bytes))}
+
+    @tf.function(input_signature=[tf.TensorSpec([None], tf.string, name="examples")])
+    def examples(self, examples: tf.Tensor) -> dict[str, tf.Tensor]:
+        """Serialised tf.Examples."""
+        return {"embedding": self.embed_views(self.views(_encoded(examples)))}
+
+    @tf.function(input_signature=[tf.TensorSpec([None, None, None, 3], tf.float32, name="image")])
+    def pixels(self, image: tf.Tensor) -> dict[str, tf.Tensor]:
+        """Decoded images of one size."""
+        return {"embedding": self.embed_views(centre_views(image, self.resize, self.size))}
+
+
+class EvaluationModule(tf.Module):
+    """The trained encoder beside the same network untrained and the raw pixels, for the Evaluator."""
+
+    def __init__(self, trained: EncoderModule, untrained: EncoderModule) -> None:
+        """Both encoders share their preprocessing."""
+        super().__init__()
+        self._trained, self._untrained = trained, untrained
+
+    @tf.function(input_signature=[tf.TensorSpec([None], tf.string, name="examples")])
+    def evaluate(self, examples: tf.Tensor) -> dict[str, tf.Tensor]:
+        """Serialised tf.Examples -> embedding, untrained_embedding, pixels (float32[N, 32 * 32 * 3])."""
+        views = self._trained.views(_encoded(examples))
+        small = tf.image.resize(views, [PIXEL_SIDE, PIXEL_SIDE], antialias=True)
+        return {
+            "embedding": self._trained.embed_views(views),
+            "untrained_embedding": self._untrained.embed_views(views),
+            "pixels": tf.reshape(small / 255.0, [-1, PIXEL_SIDE * PIXEL_SIDE * 3]),
+        }
+
+
+def _encoded(examples: tf.Tensor) -> tf.Tensor:
+    return tf.io.parse_example(examples, {ENCODED: tf.io.FixedLenFeature([], tf.string)})[ENCODED]
+
+
+def save_encoder(module: EncoderModule, facts: dict[str, Any], directory: str) -> None:
+    """Writes the SavedModel with its three signatures.
+
+    Args:
+        module: to be published.
+        facts: of the encoder, such as the size and the layer of the embedding; written to
+            assets.extra/encoder.json, which servers ignore and the model's card quotes.
+        directory: to write to.
+    """
+    signatures = {
+        "serving_default": module.serving_default,
+        "examples": module.examples,
+        "pixels": module.pixels,
+    }
+    tf.saved_model.save(module, directory, signatures=signatures)
+    extra = posixpath.join(directory, "assets.extra")
+    tf.io.gfile.makedirs(extra)
+    with tf.io.gfile.GFile(posixpath.join(extra, "encoder.json"), "w") as file:
+        file.write(json.dumps(facts | {"input_size": module.size, "resize": module.resize}, indent=2))
+
+
+def save_evaluation(module: EvaluationModule, directory: str) -> None:
+    """Writes the SavedModel that the Evaluator runs."""
+    tf.saved_model.save(module, directory, signatures={"evaluate": module.evaluate})

@@ -1,0 +1,152 @@
+"""Momentum Contrast: one training step as a pure function (arXiv 1911.05722, algorithm 1; 2003.04297).
+
+N: images of this replica, R: replicas, C: size of an embedding, K: keys in the queue.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
+
+import keras
+import tensorflow as tf
+
+from trainer_module.replica import Replica, mean
+from trainer_module.shuffle import KeyEncoding
+
+Tensors = list[tf.Tensor]
+
+
+class State(NamedTuple):
+    """Everything that a step changes.
+
+    Attributes:
+        step: int32[], steps done.
+        query, key: parameters of f_q and f_k.
+        query_stats, key_stats: BN running statistics of f_q and f_k.
+        slots: momentum of SGD, one for each query parameter.
+        queue: float32[K, C], normalised keys.
+        pointer: int32[], where the next keys go.
+    """
+
+    step: tf.Tensor
+    query: Tensors
+    query_stats: Tensors
+    key: Tensors
+    key_stats: Tensors
+    slots: Tensors
+    queue: tf.Tensor
+    pointer: tf.Tensor
+
+
+class Metrics(NamedTuple):
+    """Averages over the global batch, float32[] each.
+
+    Attributes:
+        loss: InfoNCE.
+        pretext_top1: share of queries whose positive has the largest logit.
+        alignment: mean squared distance of query and positive key (Wang and Isola, 2020).
+    """
+
+    loss: tf.Tensor
+    pretext_top1: tf.Tensor
+    alignment: tf.Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class MoCo:
+    """What a step needs and does not change.
+
+    Attributes:
+        model: the architecture of f_q and f_k.
+        mean, std: per channel, in the units of the pixels (0 to 255).
+        encode_keys: shuffled BN, see trainer_module.shuffle.
+        learning_rate: step -> float32[].
+        m, temperature, sgd_momentum, weight_decay: as in the paper.
+        seed: of the permutations.
+    """
+
+    model: keras.Model
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    encode_keys: KeyEncoding
+    learning_rate: Callable[[tf.Tensor], tf.Tensor]
+    m: float
+    temperature: float
+    sgd_momentum: float
+    weight_decay: float
+    seed: int
+
+    def encode(self, parameters: Tensors, stats: Tensors, x: tf.Tensor) -> tuple[tf.Tensor, Tensors]:
+        """uint8[N, H, W, 3] -> unit embeddings float32[N, C] and new BN statistics; BN in training mode."""
+        x = (tf.cast(x, tf.float32) - self.mean) / self.std
+        embedding, stats = self.model.stateless_call(parameters, stats, x, training=True)
+        return tf.math.l2_normalize(embedding, axis=1), stats
+
+    def step(self, state: State, x_q: tf.Tensor, x_k: tf.Tensor, replica: Replica) -> tuple[State, Metrics]:
+        """One step on this replica's views, uint8[N, H, W, 3] each; pure.
+
+        The running statistics, which the authors' code leaves to replica 0, are averaged over the replicas.
+        """
+        # f_k follows the query weights from before this step's update
+        key = [self.m * k + (1 - self.m) * q for k, q in zip(state.key, state.query, strict=True)]
+        seed = tf.stack([tf.constant(self.seed, tf.int32), state.step])
+        keys = self.encode_keys(lambda x: self.encode(key, state.key_stats, x), x_k, replica, seed)
+        k = tf.stop_gradient(keys.own)
+
+        with tf.GradientTape() as tape:
+            tape.watch(state.query)
+            q, query_stats = self.encode(state.query, state.query_stats, x_q)
+            l_pos = tf.reduce_sum(q * k, axis=1, keepdims=True)  # Nx1
+            l_neg = tf.matmul(q, state.queue, transpose_b=True)  # NxK, the queue as it was before this step
+            logits = tf.concat([l_pos, l_neg], axis=1) / self.temperature  # Nx(1+K)
+            labels = tf.zeros_like(logits[:, 0], tf.int32)  # the positive is the first
+            loss = tf.reduce_mean(tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits))
+        gradients = mean(replica, tape.gradient(loss, state.query))
+
+        # SGD as in PyTorch: the decay is part of the gradient and covers every parameter
+        rate = self.learning_rate(state.step)
+        slots = [
+            self.sgd_momentum * v + g + self.weight_decay * w
+            for v, g, w in zip(state.slots, gradients, state.query, strict=True)
+        ]
+        query = [w - rate * v for w, v in zip(state.query, slots, strict=True)]
+
+        size, capacity = keys.everyone.shape[0], state.queue.shape[0]
+        rows = (state.pointer + tf.range(size)) % capacity  # wraps round, so K need not be a multiple
+        queue = tf.tensor_scatter_nd_update(state.queue, rows[:, tf.newaxis], keys.everyone)
+
+        new = State(
+            step=state.step + 1,
+            query=query,
+            query_stats=mean(replica, query_stats),
+            key=key,
+            key_stats=mean(replica, keys.stats),
+            slots=slots,
+            queue=queue,
+            pointer=(state.pointer + size) % capacity,
+        )
+        top1 = tf.reduce_mean(tf.cast(logits[:, 0] >= tf.reduce_max(logits, axis=1), tf.float32))
+        return new, mean(replica, Metrics(loss, top1, tf.reduce_mean(2 - 2 * l_pos)))
+
+
+def initial_state(model: keras.Model, queue_size: int, seed: int) -> State:
+    """The state before the first step: f_k a copy of f_q, head included; a queue of random unit keys.
+
+    Args:
+        model: holds the initial weights.
+        queue_size: K.
+        seed: of the queue.
+    """
+    parameters = [tf.convert_to_tensor(v.value) for v in model.trainable_variables]
+    stats = [tf.convert_to_tensor(v.value) for v in model.non_trainable_variables]
+    noise = tf.random.stateless_normal([queue_size, model.output_shape[-1]], [seed, 0], alg="philox")
+    return State(
+        step=tf.zeros([], tf.int32),
+        query=parameters,
+        query_stats=stats,
+        key=parameters,
+        key_stats=stats,
+        slots=[tf.zeros_like(p) for p in parameters],
+        queue=tf.math.l2_normalize(noise, axis=1),
+        pointer=tf.zeros([], tf.int32),
+    )

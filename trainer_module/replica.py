@@ -1,0 +1,100 @@
+"""The step's only seam to the other cores: how many there are, which one this is, and sums over them."""
+
+from typing import Any, Protocol
+
+import tensorflow as tf
+
+
+class Replica(Protocol):
+    """One of the cores that share a global batch."""
+
+    @property
+    def count(self) -> int:
+        """Number of replicas, R."""
+
+    @property
+    def index(self) -> tf.Tensor:
+        """int32[]: this replica's id, 0 to R - 1."""
+
+    def sum(self, tree: Any) -> Any:
+        """Sums every tensor of a nest over the replicas; all replicas get the same result."""
+
+
+class SingleReplica:
+    """One core alone."""
+
+    count = 1
+
+    @property
+    def index(self) -> tf.Tensor:
+        """int32[]: always 0."""
+        return tf.zeros([], tf.int32)
+
+    def sum(self, tree: Any) -> Any:
+        """Returns the nest itself."""
+        return tree
+
+
+class ContextReplica:
+    """A replica of a tf.distribute strategy, inside strategy.run: logical CPU devices or GPUs."""
+
+    def __init__(self) -> None:
+        self._context = tf.distribute.get_replica_context()
+
+    @property
+    def count(self) -> int:
+        """Number of replicas, R."""
+        return int(self._context.num_replicas_in_sync)
+
+    @property
+    def index(self) -> tf.Tensor:
+        """int32[]: this replica's id."""
+        return tf.convert_to_tensor(self._context.replica_id_in_sync_group, tf.int32)
+
+    def sum(self, tree: Any) -> Any:
+        """Sums over the replicas by ReplicaContext.all_reduce."""
+        return self._context.all_reduce(tf.distribute.ReduceOp.SUM, tree) if self.count > 1 else tree
+
+
+class TpuReplica(ContextReplica):
+    """A TPU core under TPUStrategy."""
+
+    def sum(self, tree: Any) -> Any:
+        """Sums over the cores by tpu.cross_replica_sum."""
+        return tf.nest.map_structure(tf.compat.v1.tpu.cross_replica_sum, tree) if self.count > 1 else tree
+
+
+def current_replica(strategy: tf.distribute.Strategy) -> Replica:
+    """The replica that runs this code; to be called inside strategy.run."""
+    return TpuReplica() if isinstance(strategy, tf.distribute.TPUStrategy) else ContextReplica()
+
+
+def mean(replica: Replica, tree: Any) -> Any:
+    """Averages every tensor of a nest over the replicas."""
+    return tf.nest.map_structure(lambda x: x / tf.cast(replica.count, x.dtype), replica.sum(tree))
+
+
+def gather(replica: Replica, rows: tf.Tensor, positions: tf.Tensor) -> tf.Tensor:
+    """Puts every replica's rows at their places in one global batch that all replicas get.
+
+    A sum of buffers that are zero elsewhere is exact, since x + 0 = x; so a permutation costs one
+    cross-replica sum and no further traffic.
+
+    Args:
+        replica: this core.
+        rows: [n, ...] of this replica, a type that sums exactly (float32, bfloat16, int32).
+        positions: int32[n], places in the global batch; over all replicas a permutation of R * n.
+
+    Returns:
+        [R * n, ...], the same on every replica.
+    """
+    total = replica.count * rows.shape[0]
+    return replica.sum(tf.scatter_nd(positions[:, tf.newaxis], rows, [total, *rows.shape[1:]]))
+
+
+def own_rows(replica: Replica, rows: tf.Tensor) -> tf.Tensor:
+    """The rows of a global batch [R * n, ...] that belong to this replica: [n, ...]."""
+    size = rows.shape[0] // replica.count
+    start = tf.reshape(replica.index * size, [1])
+    begin = tf.concat([start, tf.zeros([rows.shape.rank - 1], tf.int32)], 0)
+    return tf.slice(rows, begin, [size, *rows.shape[1:]])

@@ -1,0 +1,148 @@
+"""What the TFX Trainer calls: build, train, export."""
+
+import dataclasses
+import hashlib
+import json
+import posixpath
+from typing import Any, NamedTuple
+
+import tensorflow as tf
+import tensorflow_transform as tft
+
+from trainer_module import config_json
+from trainer_module.config import AugmentConfig, EncoderConfig, ImageConfig, TrainConfig
+from trainer_module.driver import Driver, Result, learning_rate, make_strategy, train
+from trainer_module.encoder import build_encoder
+from trainer_module.export import ENCODED, EncoderModule, EvaluationModule, save_encoder, save_evaluation
+from trainer_module.images import eval_resize
+from trainer_module.input import dataset_from, open_source, steps_per_epoch
+from trainer_module.moco import MoCo
+from trainer_module.shuffle import key_encoding
+
+TRAINING_FILE = "training.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """What a run of the Trainer is told, as its custom_config.
+
+    Attributes:
+        image, augment, encoder, train: see trainer_module.config.
+        seed: of weights, queue, permutations, order and views.
+        checkpoints: folder under which each experiment has a checkpoint folder of its own.
+        code: fingerprint of the sources that train; other code does not continue this one's checkpoints.
+    """
+
+    image: ImageConfig
+    augment: AugmentConfig
+    encoder: EncoderConfig
+    train: TrainConfig
+    seed: int
+    checkpoints: str
+    code: str
+
+    def to_custom_config(self) -> dict[str, Any]:
+        """As JSON values."""
+        return {"experiment": config_json.dumps(self)}
+
+    @staticmethod
+    def from_custom_config(custom_config: dict[str, Any]) -> "Experiment":
+        """The inverse of to_custom_config."""
+        return config_json.loads(Experiment, custom_config["experiment"])
+
+
+def checkpoint_dir(experiment: Experiment, views: str, transform_graph: str) -> str:
+    """The folder of the checkpoints that may be continued: same configuration, code and input artifacts."""
+    parts = (config_json.dumps(experiment), views, transform_graph)
+    digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()
+    return posixpath.join(experiment.checkpoints, digest[:16])
+
+
+class ChannelStatistics(NamedTuple):
+    """Of the stored training images, in the units of the pixels (0 to 255)."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+def run_fn(fn_args: Any) -> None:
+    """Trains MoCo and writes the encoder.
+
+    Args:
+        fn_args: tfx.components.FnArgs. train_files holds the pattern of ViewAugmenter's train split, transform_output
+            the Transform graph, custom_config an Experiment. Writes serving_model_dir (the published encoder),
+            eval_model_dir (for the Evaluator) and into model_run_dir TensorBoard logs and training.json.
+
+    Raises:
+        UserError: see trainer_module.input and trainer_module.driver.
+    """
+    experiment = Experiment.from_custom_config(fn_args.custom_config)
+    config = experiment.train
+    transform = tft.TFTransformOutput(fn_args.transform_output).transform_features_layer()
+    statistics = channel_statistics(transform)
+    source = open_source(posixpath.dirname(fn_args.train_files[0]), experiment.augment)
+    steps = steps_per_epoch(source, config.global_batch)
+
+    strategy = make_strategy(config.replicas)
+    encoder = build_encoder(experiment.encoder, experiment.augment.size, config.precision, experiment.seed)
+    untrained = make_encoder_module(encoder.backbone, transform, statistics, experiment)
+    moco = MoCo(
+        model=encoder.model,
+        mean=statistics.mean,
+        std=statistics.std,
+        encode_keys=key_encoding(config.key_bn.mode),
+        learning_rate=learning_rate(config, steps),
+        m=config.momentum,
+        temperature=config.temperature,
+        sgd_momentum=config.sgd_momentum,
+        weight_decay=config.weight_decay,
+        seed=experiment.seed,
+    )
+    driver = Driver(moco, config, strategy, experiment.seed)
+    result = train(
+        driver,
+        strategy,
+        lambda start: dataset_from(
+            source, experiment.augment, experiment.seed, config.epochs, config.global_batch, start
+        ),
+        config,
+        steps,
+        checkpoint_dir(experiment, fn_args.train_files[0], fn_args.transform_output),
+        fn_args.model_run_dir,
+    )
+    driver.copy_weights_to(encoder.model)
+    trained = make_encoder_module(encoder.backbone, transform, statistics, experiment)
+    save_evaluation(EvaluationModule(trained, untrained), fn_args.eval_model_dir)
+    facts = {"dim": encoder.backbone.output_shape[-1], "layer": "backbone", **statistics._asdict()}
+    save_encoder(trained, facts, fn_args.serving_model_dir)
+    _write_result(result, config, strategy, fn_args.model_run_dir)
+
+
+def channel_statistics(transform: Any) -> ChannelStatistics:
+    """Reads the analyzers' constants out of a Transform graph by running it on one grey pixel."""
+    pixel = tf.io.encode_png(tf.fill([1, 1, 3], tf.constant(128, tf.uint8)))
+    out = transform({ENCODED: tf.reshape(pixel, [1, 1])})
+    mean, variance = (tf.reshape(out[name], [-1])[:3].numpy() for name in ("channel_mean", "channel_variance"))
+    # A channel that never varies would divide by zero.
+    return ChannelStatistics(tuple(map(float, mean)), tuple(max(float(v) ** 0.5, 1.0) for v in variance))
+
+
+def make_encoder_module(
+    backbone: Any, transform: Any, statistics: ChannelStatistics, experiment: Experiment
+) -> EncoderModule:
+    """The backbone with its present weights, ready to be exported."""
+    size = experiment.augment.size
+    resize = eval_resize(experiment.image, experiment.augment)
+    return EncoderModule(backbone, transform, statistics.mean, statistics.std, resize, size)
+
+
+def _write_result(
+    result: Result, config: TrainConfig, strategy: tf.distribute.Strategy, directory: str
+) -> None:
+    what = {
+        **dataclasses.asdict(result),
+        "replicas": config.replicas,
+        "strategy": type(strategy).__name__,
+    }
+    with tf.io.gfile.GFile(posixpath.join(directory, TRAINING_FILE), "w") as file:
+        file.write(json.dumps(what, indent=2))
