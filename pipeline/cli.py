@@ -119,7 +119,7 @@ two cores. Typed again, it reuses what is done already."""
     parser.add_argument(
         "--workdir", default="moco-demo", metavar="DIR", help="folder for everything made (default: ./moco-demo)"
     )
-    parser.add_argument("--seed", metavar="N", help="another seed gives another split, other views, other weights")
+    parser.add_argument("--seed", metavar="N", help="another seed gives other views, other weights and another order")
     _add_talk(parser)
 
 
@@ -251,6 +251,7 @@ def _pipeline(
     workdir = os.path.expanduser(workdir)
     check_workdir(workdir, images)
     console.quiet(verbose)
+    console.prefer_onednn()
     from components.image_example_gen import sources
 
     sources.check(images)
@@ -265,6 +266,7 @@ def _embed(options: argparse.Namespace) -> int:
     from pipeline import console
 
     console.quiet(options.verbose)
+    console.prefer_onednn()
     from pipeline import embed
 
     with console.progress_shown():
@@ -281,6 +283,7 @@ def _bench(options: argparse.Namespace) -> int:
         hint = f"did you mean {near[0]}? " if near else ""
         raise UserError(f"{options.name!r} is no benchmark; {hint}Benchmarks: {', '.join(names) or 'none'}")
     console.quiet(options.verbose)
+    console.prefer_onednn()
     with console.progress_shown():
         bench.run(options.name, options.json)
     return DONE

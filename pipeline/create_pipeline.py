@@ -3,6 +3,11 @@
 import dataclasses
 import json
 
+from ml_metadata.proto import metadata_store_pb2
+from tfx import v1 as tfx
+from tfx.dsl.components.base import executor_spec
+from tfx.types import Channel, standard_artifacts
+
 from components.evaluator import eval_model
 from components.evaluator.baseline import LatestOtherBlessedModelStrategy
 from components.evaluator.eval_config import make_eval_config
@@ -11,11 +16,6 @@ from components.pusher import executor as pusher_executor
 from components.transform import preprocessing
 from components.transform.statistics import stats_options
 from components.view_augmenter.component import ViewAugmenter
-from ml_metadata.proto import metadata_store_pb2
-from tfx import v1 as tfx
-from tfx.dsl.components.base import executor_spec
-from tfx.types import Channel, standard_artifacts
-
 from pipeline import fingerprint
 from pipeline.config import Config, flatten
 from trainer_module import run_fn

@@ -12,6 +12,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from ml_metadata.proto import metadata_store_pb2
 from tfx import v1 as tfx
@@ -108,27 +109,42 @@ class _Runner(local_dag_runner.LocalDagRunner):
         for node in pipeline.nodes:
             self.current = node.pipeline_node.node_info.id
             began = time.monotonic()
-            execution = launcher.Launcher(
+            node_launcher = _Launcher(
                 pipeline_node=node.pipeline_node,
                 mlmd_connection=metadata.Metadata(connection),
                 pipeline_info=pipeline.pipeline_info,
                 pipeline_runtime_spec=pipeline.runtime_spec,
                 executor_spec=runner_utils.extract_executor_spec(deployment, self.current),
                 custom_driver_spec=runner_utils.extract_custom_driver_spec(deployment, self.current),
-            ).launch()
+            )
+            execution = node_launcher.launch()
             if execution and execution.execution_id:
                 seconds = time.monotonic() - began
-                self._finished(_outcome(connection, self.current, execution.execution_id, seconds))
+                own = node_launcher.executor_seconds
+                self._finished(_outcome(connection, self.current, execution.execution_id, seconds, own))
+
+
+class _Launcher(launcher.Launcher):
+    """A launcher that clocks the executor apart from driver, metadata and publishing."""
+
+    executor_seconds = 0.0
+
+    def _run_executor(self, execution_info: Any) -> Any:
+        began = time.monotonic()
+        try:
+            return super()._run_executor(execution_info)
+        finally:
+            self.executor_seconds = time.monotonic() - began
 
 
 def _outcome(
-    connection: metadata_store_pb2.ConnectionConfig, node_id: str, execution_id: int, seconds: float
+    connection: metadata_store_pb2.ConnectionConfig, node_id: str, execution_id: int, seconds: float, own: float
 ) -> report.Node:
     with metadata.Metadata(connection) as handle:
         (execution,) = handle.store.get_executions_by_id([execution_id])
         outputs = execution_lib.get_output_artifacts(handle, execution_id)
     cached = execution.last_known_state == _EXECUTION.CACHED
-    return report.Node(node_id, seconds, cached, {key: list(value) for key, value in outputs.items()})
+    return report.Node(node_id, seconds, own, cached, {key: list(value) for key, value in outputs.items()})
 
 
 def _clear_dead_executions(connection: metadata_store_pb2.ConnectionConfig, root: Path) -> None:

@@ -47,11 +47,15 @@ class EncoderModule(tf.Module):
         self._backbone = backbone
         self._mean, self._std = mean, std
         self.resize, self.size = resize, size
+        # Traced once for all signatures: tracing a ResNet takes seconds.
+        self.embed_views = tf.function(
+            self._embed_views, input_signature=[tf.TensorSpec([None, size, size, 3], tf.float32, name="views")]
+        )
 
     # Keras layers must not be saved: whoever loads the model has TensorFlow only.
     _TF_MODULE_IGNORED_PROPERTIES = frozenset(("_backbone", *tf.Module._TF_MODULE_IGNORED_PROPERTIES))
 
-    def embed_views(self, views: tf.Tensor) -> tf.Tensor:
+    def _embed_views(self, views: tf.Tensor) -> tf.Tensor:
         """float32[N, size, size, 3] in [0, 255] -> unit float32[N, D]."""
         x = (views - self._mean) / self._std
         stats = [tf.convert_to_tensor(v) for v in self._stats]

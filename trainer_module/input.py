@@ -120,10 +120,8 @@ def dataset_from(
 
 def _epochs(source: Source, where: Where, first: int, epochs: int) -> Iterator[tuple[tf.data.Dataset, bool]]:
     """Ranges of epochs, each with whether it reads stored views."""
-    if where is Where.beam:
-        boundary = epochs
-    else:
-        boundary = min(epochs, len(source.views)) if where is Where.both else 0
+    stored = {Where.beam: epochs, Where.both: len(source.views), Where.trainer: 0}[where]
+    boundary = min(epochs, stored)
     if first < boundary:
         yield tf.data.Dataset.range(first, boundary), True
     if max(first, boundary) < epochs:

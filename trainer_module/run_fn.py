@@ -136,9 +136,7 @@ def make_encoder_module(
     return EncoderModule(backbone, transform, statistics.mean, statistics.std, resize, size)
 
 
-def _write_result(
-    result: Result, config: TrainConfig, strategy: tf.distribute.Strategy, directory: str
-) -> None:
+def _write_result(result: Result, config: TrainConfig, strategy: tf.distribute.Strategy, directory: str) -> None:
     what = {
         **dataclasses.asdict(result),
         "replicas": config.replicas,

@@ -73,8 +73,8 @@ def view_pair(
         uint8 [2, size, size, 3]: query and key.
     """
     parameters = draw_parameters(tf.shape(image)[:2], id_hex, pair, seed, config)
-    views = [make_view(image, ViewParameters(*(p[which] for p in parameters)), config) for which in (0, 1)]
-    return tf.stack(views)
+    query, key = zip(*(tf.unstack(p, num=2) for p in parameters), strict=True)
+    return tf.stack([make_view(image, ViewParameters(*one), config) for one in (query, key)])
 
 
 def draw_parameters(
@@ -89,28 +89,31 @@ def draw_parameters(
     Returns:
         V = 2 views.
     """
-    uniform = _uniforms(id_hex, pair, seed, 2 * _CROP_ATTEMPTS + 15)
-    area, ratio, rest = tf.split(uniform, [_CROP_ATTEMPTS, _CROP_ATTEMPTS, 15], axis=1)
-    top, left, height, width = _draw_crop(tf.cast(image_size, tf.float32), area, ratio, rest[:, 0], rest[:, 1], config)
+    area, ratio, order, rest = tf.split(
+        _uniforms(id_hex, pair, seed, 2 * _CROP_ATTEMPTS + 4 + 11), [_CROP_ATTEMPTS, _CROP_ATTEMPTS, 4, 11], axis=1
+    )
+    # One operation takes them apart; a slice for each would cost more than all the draws.
+    y, x, jitter, brightness, contrast, saturation, hue, gray, blur, flip, sigma = tf.unstack(rest, axis=1)
+    top, left, height, width = _draw_crop(tf.cast(image_size, tf.float32), area, ratio, y, x, config)
 
-    def factor(column: int, strength: float) -> tf.Tensor:
-        return _between(rest[:, column], max(0.0, 1 - strength), 1 + strength)
+    def factor(uniform: tf.Tensor, strength: float) -> tf.Tensor:
+        return _between(uniform, max(0.0, 1 - strength), 1 + strength)
 
     return ViewParameters(
         top=top,
         left=left,
         height=height,
         width=width,
-        jitter=rest[:, 2] < config.jitter_probability,
-        order=tf.argsort(rest[:, 3:7], axis=1, stable=True),
-        brightness=factor(7, config.brightness),
-        contrast=factor(8, config.contrast),
-        saturation=factor(9, config.saturation),
-        hue=_between(rest[:, 10], -config.hue, config.hue),
-        gray=rest[:, 11] < config.gray_probability,
-        blur=rest[:, 12] < config.blur_probability,
-        flip=rest[:, 13] < config.flip_probability,
-        sigma=_between(rest[:, 14], config.blur_sigma_min, config.blur_sigma_max),
+        jitter=jitter < config.jitter_probability,
+        order=tf.argsort(order, axis=1, stable=True),
+        brightness=factor(brightness, config.brightness),
+        contrast=factor(contrast, config.contrast),
+        saturation=factor(saturation, config.saturation),
+        hue=_between(hue, -config.hue, config.hue),
+        gray=gray < config.gray_probability,
+        blur=blur < config.blur_probability,
+        flip=flip < config.flip_probability,
+        sigma=_between(sigma, config.blur_sigma_min, config.blur_sigma_max),
     )
 
 
@@ -279,8 +282,8 @@ def _jitter(view: tf.Tensor, parameters: ViewParameters, config: AugmentConfig) 
         "hue": lambda v: adjust_hue(v, parameters.hue),
     }
     active = [operations[step] if getattr(config, step) > 0 else (lambda v: v) for step in _STEPS]
-    for position in range(len(_STEPS)):
-        view = _chosen(parameters.order[position], active, view)
+    for chosen in tf.unstack(parameters.order, num=len(_STEPS)):
+        view = _chosen(chosen, active, view)
     return view
 
 

@@ -309,9 +309,9 @@ class _ThreadedDoFn(beam.DoFn):
 
 
 class Find(_ThreadedDoFn):
-    """Files to references with the hash of their bytes; headers are checked, nothing is decoded.
+    """Files to references with the hash of their bytes; their first bytes are checked, nothing is decoded.
 
-    Input: a batch of `list_batches`. Main output: (SHA-256 hex, Ref as a tuple). Tagged: `bad` rows, `counts`.
+    Input: a batch of `list_batches`. Main output: (SHA-256, packed Ref). Tagged: `bad` rows, `counts`.
     """
 
     def _task(self) -> str:
@@ -353,10 +353,10 @@ class Find(_ThreadedDoFn):
             return "bad", (item.path, item.reason, item.detail, None)
         sha = codec.sha256(item.data)
         try:
-            codec.inspect(item.data, self._job.limits)
+            codec.recognise(item.data)
         except codec.BadImage as bad:
             return "bad", (item.ref.path, bad.reason, bad.detail, sha)
-        return "ref", (sha, tuple(item.ref))
+        return "ref", (bytes.fromhex(sha), pack_ref(item.ref))
 
     def _unpacked(self, file: sources.File) -> tuple[sources.File, str | None]:
         """The file itself, or where it is a compressed archive, an unpacked copy of it whose members can be read."""
@@ -377,34 +377,30 @@ class Find(_ThreadedDoFn):
 class FirstCopy(beam.CombineFn):
     """Of the references to the same bytes, the one whose path comes first; its label stands.
 
-    Output: (Ref as a tuple, number of copies, whether copies differ in their labels).
+    Output: (packed Ref, number of copies, whether copies differ in their labels).
     """
 
-    def create_accumulator(self) -> tuple[Any, ...] | None:  # noqa: D102
+    def create_accumulator(self) -> tuple[str, int, bool] | None:  # noqa: D102
         return None
 
-    def add_input(self, accumulator: tuple[Any, ...] | None, ref: tuple[Any, ...]) -> tuple[Any, ...]:  # noqa: D102
-        one = (tuple(ref), 1, False)
+    def add_input(self, accumulator: tuple[str, int, bool] | None, ref: str) -> tuple[str, int, bool]:  # noqa: D102
+        one = (ref, 1, False)
         return one if accumulator is None else self._merge(accumulator, one)
 
-    def merge_accumulators(self, accumulators: Iterable[Any]) -> tuple[Any, ...] | None:  # noqa: D102
+    def merge_accumulators(self, accumulators: Iterable[Any]) -> tuple[str, int, bool] | None:  # noqa: D102
         merged = None
         for one in accumulators:
             if one is not None:
                 merged = one if merged is None else self._merge(merged, one)
         return merged
 
-    def extract_output(self, accumulator: tuple[Any, ...] | None) -> tuple[Any, ...] | None:  # noqa: D102
+    def extract_output(self, accumulator: tuple[str, int, bool] | None) -> tuple[str, int, bool] | None:  # noqa: D102
         return accumulator
 
     @staticmethod
-    def _merge(left: tuple[Any, ...], right: tuple[Any, ...]) -> tuple[Any, ...]:
-        def order(one: tuple[Any, ...]) -> tuple[str, str, int]:
-            file, offset, _, path, _ = one[0]
-            return path, file, offset
-
-        first = min(left, right, key=order)
-        return first[0], left[1] + right[1], left[2] or right[2] or left[0][4] != right[0][4]
+    def _merge(left: tuple[str, int, bool], right: tuple[str, int, bool]) -> tuple[str, int, bool]:
+        differ = left[2] or right[2] or unpack_ref(left[0]).label != unpack_ref(right[0]).label
+        return min(left[0], right[0]), left[1] + right[1], differ
 
 
 class WriteShard(_ThreadedDoFn):
@@ -439,9 +435,9 @@ class WriteShard(_ThreadedDoFn):
         tf.io.gfile.rename(scratch, f"{self._job.split_folder(split)}/{name}", overwrite=True)
         yield dict(counts)
 
-    def _check(self, member: tuple[str, tuple[Any, ...]]) -> tuple[Any, int, str | None, tuple[Any, ...] | None]:
+    def _check(self, member: tuple[bytes, str]) -> tuple[Any, int, str | None, tuple[Any, ...] | None]:
         """(record, bytes, label, None) of a good image, (None, 0, None, row) of a bad one."""
-        sha, ref = member[0], sources.Ref(*member[1])
+        sha, ref = member[0].hex(), unpack_ref(member[1])
         try:
             data = self._reader.read(ref)
             if codec.sha256(data) != sha:
@@ -468,8 +464,11 @@ def encode_example(record: tuple[codec.Canonical, str, sources.Ref], split: str)
     }
     if ref.label is not None:
         values["image/label"] = ref.label.encode()
-    features = {name: _feature(value) for name, value in values.items()}
-    example = tf.train.Example(features=tf.train.Features(feature=features))
+    example = tf.train.Example()
+    features = example.features.feature
+    for name, value in values.items():
+        kind = features[name].int64_list if isinstance(value, int) else features[name].bytes_list
+        kind.value.append(value)
     return example.SerializeToString(deterministic=True)
 
 
@@ -489,27 +488,36 @@ def add_counts(many: Iterable[Counts]) -> Counts:
 # --- small stages
 
 
-def _feature(value: bytes | int) -> tf.train.Feature:
-    """One value as a feature."""
-    if isinstance(value, int):
-        return tf.train.Feature(int64_list=tf.train.Int64List(value=[value]))
-    return tf.train.Feature(bytes_list=tf.train.BytesList(value=[value]))
-
-
 def _restored(file: tuple[Any, ...]) -> sources.File:
     """Undoes `_portable`."""
     return sources.File(os.fsdecode(file[0]), os.fsdecode(file[1]), file[2], file[3])
 
 
-def _place(element: tuple[str, tuple[Any, ...]], splits: Sequence[tuple[str, int]]) -> tuple[Any, ...]:
+def pack_ref(ref: sources.Ref) -> str:
+    """A reference as one text, for the runner holds millions; texts sort by path, then by file.
+
+    A file that ends in the path, as single images do, is kept without it.
+    """
+    file = ref.file[: -len(ref.path)] if ref.file.endswith("/" + ref.path) else ref.file
+    return "\0".join((ref.path, file, str(ref.offset), str(ref.size), *(() if ref.label is None else (ref.label,))))
+
+
+def unpack_ref(packed: str) -> sources.Ref:
+    """Undoes `pack_ref`."""
+    path, file, offset, size, *label = packed.split("\0")
+    file += path if file.endswith("/") else ""
+    return sources.Ref(file, int(offset), int(size), path, label[0] if label else None)
+
+
+def _place(element: tuple[bytes, tuple[str, int, bool]], splits: Sequence[tuple[str, int]]) -> tuple[str, bytes, str]:
     """(sha, (ref, copies, conflict)) to (split, sha, ref)."""
     sha, (ref, _, _) = element
-    return split_of(sha, splits), sha, ref
+    return split_of(sha.hex(), splits), sha, ref
 
 
-def _size(element: tuple[Any, ...]) -> tuple[str, tuple[int, int]]:
+def _size(element: tuple[str, bytes, str]) -> tuple[str, tuple[int, int]]:
     """(split, sha, ref) to (split, (bytes, 1))."""
-    return element[0], (element[2][2], 1)
+    return element[0], (unpack_ref(element[2]).size, 1)
 
 
 def _frames(element: tuple[str, tuple[int, int]], shard_mb: float) -> list[tuple[tuple[str, int], None]]:
@@ -519,14 +527,14 @@ def _frames(element: tuple[str, tuple[int, int]], shard_mb: float) -> list[tuple
 
 
 def _shard(
-    element: tuple[Any, ...], shard_mb: float, sizes: Mapping[str, tuple[int, int]]
-) -> tuple[tuple[str, int], tuple[str, tuple[Any, ...]]]:
+    element: tuple[str, bytes, str], shard_mb: float, sizes: Mapping[str, tuple[int, int]]
+) -> tuple[tuple[str, int], tuple[bytes, str]]:
     """(split, sha, ref) to ((split, shard), (sha, ref))."""
     split, sha, ref = element
-    return (split, shard_of(sha, shard_count(sizes[split][0], shard_mb))), (sha, ref)
+    return (split, shard_of(sha.hex(), shard_count(sizes[split][0], shard_mb))), (sha, ref)
 
 
-def _copies(element: tuple[str, tuple[Any, ...]]) -> list[Counts]:
+def _copies(element: tuple[bytes, tuple[str, int, bool]]) -> list[Counts]:
     """Counts of an image that was found more than once."""
     _, (_, copies, conflict) = element
     return [{("duplicates",): copies - 1, ("label_conflicts",): int(conflict)}] if copies > 1 else []

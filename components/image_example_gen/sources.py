@@ -263,7 +263,7 @@ def read_file(file: File, config: IngestConfig) -> Iterator[Item]:
 
 def printable(name: str) -> str:
     """A file's name as valid Unicode."""
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace").replace("\0", "\\0")
 
 
 class Reader:
@@ -445,7 +445,7 @@ def _label(value: object, config: IngestConfig) -> str | None:
     if config.labels is Labels.none or value is None or isinstance(value, dict | list):
         return None
     text = value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
-    return unicodedata.normalize("NFC", text).strip() or None
+    return unicodedata.normalize("NFC", text).replace("\0", "").strip() or None
 
 
 # --- tar

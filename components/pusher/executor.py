@@ -105,7 +105,7 @@ def push(model_path: str, base_directory: str) -> str:
 
 
 def _base_directory(exec_properties: dict[str, Any]) -> str:
-    destination = pusher_pb2.PushDestination()  # type: ignore[attr-defined]
+    destination = pusher_pb2.PushDestination()
     proto_utils.json_to_proto(exec_properties[standard_component_specs.PUSH_DESTINATION_KEY], destination)
     if destination.WhichOneof("destination") != "filesystem":
         raise NotImplementedError(f"push destination {destination} is not a file system")

@@ -1,14 +1,17 @@
 """Beam pipeline of ViewAugmenter: each ingested train shard becomes files of its own, so nothing is shuffled."""
 
+import collections
+import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import shutil
 import time
 import uuid
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple, TypeVar
 
 import apache_beam as beam
 import numpy as np
@@ -31,6 +34,10 @@ SPLIT = "train"
 _SCRATCH = ".scratch"
 _SPACE_MARGIN = 1.02  # ids and framing of the records
 _REPORT_SECONDS = 0.5
+
+T = TypeVar("T")
+# id string [], png string [], stored image uint8 [h, w, 3], first pair of views uint8 [2, size, size, 3] or [0]
+ReadImage = tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,14 +172,13 @@ class MakeViewsFn(beam.DoFn):
     def process(self, shard: Shard) -> Iterable[OutputFile]:
         """Writes the files of one shard."""
         with _ShardWriter(self._job, shard) as writer:
-            for example in self._stream.examples(shard.path):
-                writer.write(example)
-                self._progress.add(example)
+            for views in self._stream.views(shard.path):
+                writer.write(views)
+                self._progress.add()
             return writer.publish()
 
 
-@dataclasses.dataclass(frozen=True)
-class Views:
+class Views(NamedTuple):
     """What the stream gives for one image and one pair.
 
     Attributes:
@@ -189,59 +195,92 @@ class Views:
 
 
 class ViewStream:
-    """Reads ingested examples and makes views, in parallel and in order, holding a few images at a time."""
+    """Reads ingested examples and makes views in threads, in order, holding a few images at a time.
+
+    The graphs are called directly: tf.data would prepare its functions anew, for most of a second, for every shard.
+    """
 
     def __init__(self, job: Job):
-        """Traces; costs about a second."""
+        """Traces; costs about two seconds."""
         self._job = job
-        spec, size = tf.TensorSpec, job.augment.size
+        self._threads = _cores()
+        self._read = _read_function(job)
+        self._make_pair = _pair_function(job) if job.pairs > 1 else None
 
-        @tf.function(input_signature=[spec([], tf.string)], autograph=False)
-        def store(record: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-            features = {name: tf.io.FixedLenFeature([], tf.string) for name in ("image/encoded", "image/sha256")}
-            parsed = tf.io.parse_single_example(record, features)
-            image = stored_image(parsed["image/encoded"], job.image)
-            png = tf.io.encode_png(image, compression=0) if job.keeps_images else tf.constant(b"")
-            return parsed["image/sha256"], png, image
-
-        @tf.function(
-            input_signature=[spec([], tf.string), spec([None, None, 3], tf.uint8), spec([], tf.int64)], autograph=False
-        )
-        def make_pair(id_hex: tf.Tensor, image: tf.Tensor, pair: tf.Tensor) -> tf.Tensor:
-            return tf.ensure_shape(view_pair(image, id_hex, pair, job.seed, job.augment), [2, size, size, 3])
-
-        self._store, self._make_pair = store, make_pair
-
-    def examples(self, path: str) -> Iterator[Views]:
+    def views(self, path: str) -> Iterator[Views]:
         """The views of one shard, image by image, pair by pair.
 
         Raises:
             RuntimeError: a record cannot be decoded, which ingestion had proved.
         """
+        records = tf.data.TFRecordDataset(path, compression_type=_compression(path)).as_numpy_iterator()
         try:
-            for id_hex, png, pair, pixels in self._dataset(path).as_numpy_iterator():
-                yield Views(id_hex, int(pair), png, pixels)
+            with concurrent.futures.ThreadPoolExecutor(self._threads) as pool:
+                images = self._ordered(pool, (functools.partial(self._read, record) for record in records))
+                yield from self._ordered(pool, self._calls(images))
         except (tf.errors.InvalidArgumentError, tf.errors.DataLossError) as error:
             raise RuntimeError(f"{path} has a record that cannot be read, though ingestion proved it") from error
 
-    def _dataset(self, path: str) -> tf.data.Dataset:
-        records = tf.data.TFRecordDataset(path, compression_type=_compression(path))
-        stored = records.map(self._store, num_parallel_calls=tf.data.AUTOTUNE)
-        if self._job.pairs:
-            dataset = stored.flat_map(self._each_pair).map(self._views, num_parallel_calls=tf.data.AUTOTUNE)
-        else:
-            dataset = stored.map(lambda id_hex, png, _: (id_hex, png, 0, tf.zeros([0], tf.uint8)))
-        options = tf.data.Options()
-        options.deterministic = True
-        return dataset.prefetch(1).with_options(options)
+    def _calls(self, images: Iterator[ReadImage]) -> Iterator[Callable[[], Views]]:
+        for image in images:
+            yield functools.partial(_first_views, image)
+            for pair in range(1, self._job.pairs):
+                yield functools.partial(self._further_views, image, pair)
 
-    def _each_pair(self, id_hex: tf.Tensor, png: tf.Tensor, image: tf.Tensor) -> tf.data.Dataset:
-        return tf.data.Dataset.range(self._job.pairs).map(lambda pair: (id_hex, png, image, pair))
+    def _further_views(self, image: ReadImage, pair: int) -> Views:
+        assert self._make_pair
+        pixels = self._make_pair(image[0], image[2], tf.constant(pair, tf.int64))
+        return _first_views((*image[:3], pixels))._replace(pair=pair)
 
-    def _views(
-        self, id_hex: tf.Tensor, png: tf.Tensor, image: tf.Tensor, pair: tf.Tensor
-    ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor]:
-        return id_hex, png, pair, self._make_pair(id_hex, image, pair)
+    def _ordered(self, pool: concurrent.futures.Executor, calls: Iterator[Callable[[], T]]) -> Iterator[T]:
+        """The results of the calls in their order, of which few are under way or waiting at a time."""
+        if self._threads == 1:  # to hand over to another thread would only cost
+            yield from (call() for call in calls)
+        pending: collections.deque[concurrent.futures.Future[T]] = collections.deque()
+        for call in calls:
+            pending.append(pool.submit(call))
+            if len(pending) > 2 * self._threads:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+
+
+def _read_function(job: Job) -> Callable[[bytes], ReadImage]:
+    """An ingested record to its stored image and, since a call more has its price, the first pair of views."""
+
+    @tf.function(input_signature=[tf.TensorSpec([], tf.string)], autograph=False)
+    def read(record: tf.Tensor) -> ReadImage:
+        features = {name: tf.io.FixedLenFeature([], tf.string) for name in ("image/encoded", "image/sha256")}
+        parsed = tf.io.parse_single_example(record, features)
+        id_hex, image = parsed["image/sha256"], stored_image(parsed["image/encoded"], job.image)
+        png = tf.io.encode_png(image, compression=0) if job.keeps_images else tf.constant(b"")
+        first = tf.constant(0, tf.int64)
+        pixels = view_pair(image, id_hex, first, job.seed, job.augment) if job.pairs else tf.zeros([0], tf.uint8)
+        return id_hex, png, image, pixels
+
+    return read.get_concrete_function()
+
+
+def _pair_function(job: Job) -> Callable[[tf.Tensor, tf.Tensor, tf.Tensor], tf.Tensor]:
+    """Id, stored image and index of a pair to that pair."""
+    spec = [tf.TensorSpec([], tf.string), tf.TensorSpec([None, None, 3], tf.uint8), tf.TensorSpec([], tf.int64)]
+
+    @tf.function(input_signature=spec, autograph=False)
+    def make_pair(id_hex: tf.Tensor, image: tf.Tensor, pair: tf.Tensor) -> tf.Tensor:
+        return view_pair(image, id_hex, pair, job.seed, job.augment)
+
+    return make_pair.get_concrete_function()
+
+
+def _first_views(image: ReadImage) -> Views:
+    id_hex, png, _, pixels = image
+    return Views(id_hex.numpy(), 0, png.numpy(), pixels.numpy())
+
+
+def _cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 class _ShardWriter:
@@ -307,7 +346,7 @@ class _Progress:
         self._done = 0
         self._next = 0.0
 
-    def add(self, _: Views) -> None:
+    def add(self) -> None:
         """One more."""
         self._done += 1
         now = time.monotonic()
@@ -429,6 +468,7 @@ def _compression(path: str) -> str:
 
 
 def _serialise(features: dict[str, bytes]) -> bytes:
-    feature = {name: tf.train.Feature(bytes_list=tf.train.BytesList(value=[value])) for name, value in features.items()}
-    example = tf.train.Example(features=tf.train.Features(feature=feature))
+    example = tf.train.Example()
+    for name, value in features.items():
+        example.features.feature[name].bytes_list.value.append(value)
     return example.SerializeToString(deterministic=True)

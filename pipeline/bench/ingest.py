@@ -32,8 +32,11 @@ def ingest(images: int = 20_000, fewer: int = 5_000, sample: str = str(SAMPLE)) 
 
     Returns:
         images_per_second: of the executor, start to finished artifact, TFX's import left out.
-        loop_images_per_second: a loop on one thread that reads, hashes and decodes each file with Pillow.
+        loop_images_per_second: a loop on one thread that reads, hashes and decodes each file with Pillow; the
+            faster of one before and one after.
         ratio: of the two.
+        cpu_ms_per_image, loop_cpu_ms_per_image: processor time of each, which other load on the machine does not
+            change much.
         peak_mb, peak_mb_fewer, peak_ratio: peak resident memory of the process, MiB, for the two folders.
         idle_mb: resident memory before the executor started, TFX imported.
         images, duplicates, shards: what was ingested.
@@ -42,9 +45,11 @@ def ingest(images: int = 20_000, fewer: int = 5_000, sample: str = str(SAMPLE)) 
         folder = pathlib.Path(work)
         make_files(sample, folder / "fewer", fewer)
         make_files(sample, folder / "all", images)
-        loop = _measure("loop", folder / "all", folder / "none")
         small = _measure("ingest", folder / "fewer", folder / "out-fewer")
+        loops = [_measure("loop", folder / "all", folder / "none")]
         large = _measure("ingest", folder / "all", folder / "out-all")
+        loops.append(_measure("loop", folder / "all", folder / "none"))
+    loop = min(loops, key=lambda one: one["seconds"])
     return {
         "images": large["ingested"],
         "duplicates": large["duplicates"],
@@ -52,6 +57,8 @@ def ingest(images: int = 20_000, fewer: int = 5_000, sample: str = str(SAMPLE)) 
         "images_per_second": round(images / large["seconds"], 1),
         "loop_images_per_second": round(images / loop["seconds"], 1),
         "ratio": round(loop["seconds"] / large["seconds"], 3),
+        "cpu_ms_per_image": round(1000 * large["cpu_seconds"] / images, 3),
+        "loop_cpu_ms_per_image": round(1000 * loop["cpu_seconds"] / images, 3),
         "peak_mb": large["peak_mb"],
         "peak_mb_fewer": small["peak_mb"],
         "peak_ratio": round(large["peak_mb"] / small["peak_mb"], 3),
@@ -66,10 +73,9 @@ def make_files(sample: str, folder: pathlib.Path, count: int) -> None:
         label, picture = pictures[number % len(pictures)]
         step = number // len(pictures)
         varied = ImageEnhance.Brightness(ImageOps.mirror(picture) if step % 2 else picture).enhance(0.97**step)
-        suffix, options = (".png", {}) if number % 2 else (".jpg", {"quality": 92})
-        path = folder / label / f"{number % 10}" / f"{number:06d}{suffix}"
+        path = folder / label / f"{number % 10}" / f"{number:06d}{'.png' if number % 2 else '.jpg'}"
         path.parent.mkdir(parents=True, exist_ok=True)
-        varied.save(path, **options)
+        varied.save(path, quality=92)  # PNG's writer takes no notice of a quality
 
 
 def _pictures(sample: str) -> Iterator[tuple[str, Image.Image]]:
@@ -99,13 +105,13 @@ def _peak_mb() -> float:
 
 def _run_loop(src: str) -> dict[str, Any]:
     """The least that any ingestion must do."""
-    start, images = time.perf_counter(), 0
+    start, cpu, images = time.perf_counter(), time.process_time(), 0
     for path in pathlib.Path(src).rglob("*.*"):
         data = path.read_bytes()
         hashlib.sha256(data).hexdigest()
         Image.open(io.BytesIO(data)).load()
         images += 1
-    return {"seconds": time.perf_counter() - start, "images": images}
+    return {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu, "images": images}
 
 
 def _run_ingest(src: str, out: str) -> dict[str, Any]:
@@ -120,12 +126,13 @@ def _run_ingest(src: str, out: str) -> dict[str, Any]:
     examples = standard_artifacts.Examples()
     examples.uri = out
     context = executor.Executor.Context(beam_pipeline_args=[_RUNNER])
-    idle, start = _peak_mb(), time.perf_counter()
+    idle, start, cpu = _peak_mb(), time.perf_counter(), time.process_time()
     executor.Executor(context).Do({}, {"examples": [examples]}, {**node.exec_properties, **texts})
-    seconds = time.perf_counter() - start
+    seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu
     summary = json.loads((pathlib.Path(out) / executor.INGEST_FILE).read_text(encoding="utf-8"))
     return {
         "seconds": seconds,
+        "cpu_seconds": cpu_seconds,
         "peak_mb": _peak_mb(),
         "idle_mb": idle,
         "ingested": summary["ingested"],

@@ -33,7 +33,9 @@ def test_imagenet_stem_divides_the_side_by_32_and_the_cifar_stem_by_8():
 
 
 def test_same_seed_gives_same_weights_and_no_two_layers_share_theirs():
-    first, again, other = (build_encoder(EncoderConfig("resnet18", width=4), 32, Precision.float32, s) for s in (1, 1, 2))
+    first, again, other = (
+        build_encoder(EncoderConfig("resnet18", width=4), 32, Precision.float32, s) for s in (1, 1, 2)
+    )
     for a, b in zip(first.model.get_weights(), again.model.get_weights(), strict=True):
         np.testing.assert_array_equal(a, b)
     assert np.any(first.model.get_weights()[0] != other.model.get_weights()[0])

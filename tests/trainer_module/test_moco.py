@@ -1,4 +1,4 @@
-"""The MoCo step: order of the updates, shuffled BN, queue, and that the number of replicas is only a division of work."""
+"""The MoCo step: order of the updates, shuffled BN, queue, and what several replicas do together."""
 
 import numpy as np
 import pytest
@@ -6,9 +6,8 @@ import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer_module.config import EncoderConfig, Head, KeyBnMode, Precision, Schedule, Stem, TrainConfig
+from trainer_module.config import KeyBnMode, Schedule, TrainConfig
 from trainer_module.driver import Driver, learning_rate, make_strategy
-from trainer_module.encoder import build_encoder
 from trainer_module.moco import MoCo, initial_state
 from trainer_module.replica import ContextReplica, SingleReplica, gather, own_rows
 from trainer_module.shuffle import key_encoding, permutation
@@ -17,8 +16,8 @@ BATCH, SIDE, QUEUE, M, T, LR, DECAY = 8, 16, 20, 0.9, 0.2, 0.1, 1e-2
 
 
 @pytest.fixture(scope="module")
-def model():
-    return build_encoder(EncoderConfig("resnet18", Stem.cifar, 4, Head.v2, 16), SIDE, Precision.float32, 3).model
+def model(tiny_encoder):
+    return tiny_encoder
 
 
 @pytest.fixture(scope="module")

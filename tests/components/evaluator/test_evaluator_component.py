@@ -279,7 +279,7 @@ def test_metrics_do_not_depend_on_order_nor_on_how_beam_bundles(run):
     assert results[0][keys[METRICS.index("bank_images")]] == 20.0
 
 
-def test_an_example_of_no_known_split_is_refused(run):  # noqa: ARG001
+def test_an_example_of_no_known_split_is_refused(run):
     from components.evaluator.metrics import ScorecardCombineFn
 
     combine = ScorecardCombineFn([], "", CONFIG)

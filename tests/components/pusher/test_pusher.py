@@ -124,7 +124,7 @@ def push_some(source: str, base: str, start, count: int) -> None:
         push(source, base)
 
 
-def test_pushers_that_run_at_once_each_get_a_version_of_their_own(pusher, model, tmp_path):  # noqa: ARG001
+def test_pushers_that_run_at_once_each_get_a_version_of_their_own(pusher, model, tmp_path):
     import threading
 
     source, base, start = str(model / "Format-Serving"), tmp_path / "serving", threading.Barrier(6)

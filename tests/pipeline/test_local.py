@@ -1,0 +1,277 @@
+"""The whole pipeline on real images: killed and continued, then cached, then with another setting, and unlabelled.
+
+The tests run in order on one working directory, since each run goes on from the one before.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from ml_metadata import metadata_store
+from ml_metadata.proto import metadata_store_pb2
+from tfx.orchestration import metadata
+
+from components.pusher.executor import CARD_FILE
+from pipeline import cli, config, local
+from trainer_module.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+SETTINGS = (
+    "image.storage_size=32",
+    "image.eval_resize=16",
+    "augment.size=16",
+    "augment.pairs_per_image=2",
+    "augment.where=both",
+    "encoder.width=4",
+    "encoder.dim=16",
+    "train.global_batch=16",
+    "train.queue=64",
+    "train.epochs=40",
+    "train.checkpoint_seconds=0.1",
+    "evaluate.min_gain=-1.0",
+    "evaluate.knn_k=5",
+    "ingest.shard_mb=0.1",
+)
+UPSTREAM = {
+    "ImageExampleGen", "StatisticsGen", "SchemaGen", "ExampleValidator", "Transform", "ViewAugmenter"
+}  # fmt: skip
+COMPONENTS = UPSTREAM | {"Trainer", "Evaluator", "Pusher"}
+
+
+def settings(*more):
+    merged = dict(setting.split("=") for setting in (*SETTINGS, *more))
+    return config.load("demo", [f"{key}={value}" for key, value in merged.items()])
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory, sample_images):
+    """A folder tree of 160 pictures in four labels, with a broken file, a duplicate, and unusual names."""
+    folder = tmp_path_factory.mktemp("images")
+    for label, name in (("food", "food"), ("flags", "flags"), ("people", "two words"), ("office", "büro")):
+        (folder / name).mkdir()
+        for i, data in enumerate(sample_images[label][:40]):
+            (folder / name / f"{i}.png").write_bytes(data)
+    (folder / "food" / "again.png").write_bytes(sample_images["food"][0])
+    (folder / "food" / "broken.png").write_bytes(sample_images["food"][1][:100])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    return tmp_path_factory.mktemp("work")
+
+
+def result_of(workdir):
+    return json.loads((workdir / "result.json").read_text())
+
+
+def store_of(workdir):
+    return metadata_store.MetadataStore(metadata.sqlite_metadata_connection_config(str(workdir / "metadata.sqlite")))
+
+
+def running(workdir):
+    state = metadata_store_pb2.Execution.RUNNING
+    return [e for e in store_of(workdir).get_executions() if e.last_known_state == state]
+
+
+@pytest.fixture(scope="module")
+def killed(images, workdir):
+    """A run that was killed while it trained."""
+    overrides = [argument for setting in SETTINGS for argument in ("--set", setting)]
+    command = [sys.executable, "-m", "pipeline", "run", "--images", str(images), "--workdir", str(workdir)]
+    process = subprocess.Popen(
+        [*command, "--config", "demo", *overrides],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 300
+    while not list(workdir.glob("checkpoints/*/checkpoint")) and time.monotonic() < deadline:
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    output, _ = process.communicate()
+    return output
+
+
+@pytest.fixture(scope="module")
+def first(killed, images, workdir):
+    """The same run, continued to its end."""
+    assert killed
+    dead = running(workdir)
+    assert local.run(settings(), str(images), str(workdir)) == 0
+    return dead
+
+
+def test_a_killed_run_has_said_what_it_did_and_published_nothing(killed, workdir):
+    assert "ImageExampleGen   162 read: " in killed
+    assert "Traceback" not in killed
+    assert not (workdir / "serving").exists()
+
+
+def test_the_same_command_continues_a_killed_run_without_redoing_finished_stages(first, workdir):
+    result = result_of(workdir)
+    assert set(result["cached"]) == UPSTREAM
+    (training,) = workdir.glob("artifacts/Trainer/model_run/*/training.json")
+    assert json.loads(training.read_text())["resumed_from"] > 0
+
+
+def test_what_a_killed_stage_had_begun_is_removed_and_marked_as_failed(first, workdir):
+    assert len(first) == 1
+    assert not running(workdir)
+    assert not list(workdir.glob(f"artifacts/*/*/{first[0].id}"))
+
+
+def test_result_json_has_the_promised_keys_and_counts(first, workdir):
+    result = result_of(workdir)
+    assert result["status"] == "succeeded"
+    assert result["blessed"] is True
+    images = result["images"]
+    assert (images["read"], images["ingested"], images["quarantined"], images["duplicates"]) == (162, 160, 1, 1)
+    assert images["train"] + images["eval"] == 160
+    assert set(result["metrics"]) == {
+        "knn_top1", "linear_top1", "random_init_knn_top1", "pixel_knn_top1", "embedding_std", "effective_rank",
+        "pretext_top1", "alignment", "uniformity",
+    }  # fmt: skip
+    assert all(np.isfinite(value) for value in result["metrics"].values())
+    assert result["train"]["steps"] == 40 * (images["train"] // 16)
+    assert (result["train"]["strategy"], result["train"]["replicas"]) == ("MirroredStrategy", 2)
+    assert COMPONENTS | {"total"} <= set(result["seconds"])
+
+
+def test_every_component_leaves_its_artifact(first, workdir):
+    artifacts = workdir / "artifacts"
+    (quarantine,) = artifacts.glob("ImageExampleGen/examples/*/quarantine.jsonl")
+    assert [json.loads(line)["path"] for line in quarantine.read_text().splitlines()] == ["food/broken.png"]
+    for pattern in (
+        "ImageExampleGen/examples/*/Split-train/*",
+        "ImageExampleGen/examples/*/Split-eval/*",
+        "StatisticsGen/statistics/*/Split-eval/FeatureStats.pb",
+        "SchemaGen/schema/*/schema.pbtxt",
+        "ExampleValidator/anomalies/*/Split-eval/SchemaDiff.pb",
+        "Transform/transform_graph/*/transform_fn/saved_model.pb",
+        "ViewAugmenter/views/*/views.json",
+        "Trainer/model/*/Format-Serving/saved_model.pb",
+        "Trainer/model/*/Format-TFMA/saved_model.pb",
+        "Trainer/model_run/*/train/events.*",
+        "Evaluator/evaluation/*/metrics*",
+        "Evaluator/blessing/*/BLESSED",
+        "Pusher/pushed_model/*/saved_model.pb",
+    ):
+        assert list(artifacts.glob(pattern)), pattern
+    assert len(list(artifacts.glob("ImageExampleGen/examples/*/Split-train/*"))) > 1
+
+
+def test_the_resolved_configuration_is_in_the_run_s_folder_and_in_the_model_s_card(first, workdir):
+    assert config.load(str(workdir / "config.yaml")).train == settings().train
+    card = json.loads(Path(result_of(workdir)["pushed_model"], CARD_FILE).read_text())
+    assert card["config"]["train.queue"] == 64
+    assert card["encoder"]["dim"] == 32
+
+
+def test_the_pushed_encoder_needs_nothing_but_tensorflow_and_its_signatures_agree(
+    first, workdir, sample_images, tmp_path
+):
+    picture = tmp_path / "picture.png"
+    picture.write_bytes(sample_images["food"][3])
+    program = """
+import sys
+import numpy as np, tensorflow as tf
+data = open(sys.argv[2], "rb").read()
+model = tf.saved_model.load(sys.argv[1])
+example = tf.train.Example(features=tf.train.Features(feature={
+    "image/encoded": tf.train.Feature(bytes_list=tf.train.BytesList(value=[data]))})).SerializeToString()
+pixels = tf.cast(tf.io.decode_png(data, channels=3), tf.float32)[tf.newaxis]
+calls = {"serving_default": {"image_bytes": tf.constant([data])}, "examples": {"examples": tf.constant([example])},
+         "pixels": {"image": pixels}}
+assert set(model.signatures) == set(calls), set(model.signatures)
+out = [model.signatures[name](**arguments)["embedding"].numpy() for name, arguments in calls.items()]
+assert out[0].shape == (1, 32) and abs(np.linalg.norm(out[0]) - 1) < 1e-5
+assert np.abs(out[0] - out[1]).max() == 0, "examples"
+# The stored image is 32 px, so the bytes are resized twice and rounded once, the pixels once.
+assert np.sum(out[0] * out[2]) > 0.98, np.sum(out[0] * out[2])
+assert not {"keras", "tfx", "tensorflow_transform", "pipeline", "trainer_module"} & {
+    m for m in sys.modules if "." not in m and m != "keras"} , "imports"
+"""
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", program, result_of(workdir)["pushed_model"], str(picture)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_second_run_takes_everything_from_the_cache_and_says_so(first, images, workdir, capsys):
+    before = result_of(workdir)
+    assert local.run(settings(), str(images), str(workdir)) == 0
+    result = result_of(workdir)
+    assert set(result["cached"]) == COMPONENTS
+    assert result["pushed_model"] == before["pushed_model"]
+    assert len(list((workdir / "serving" / "encoder").iterdir())) == 1
+    out = capsys.readouterr().out
+    assert out.count(" cached\n") == len(COMPONENTS)
+    assert "components were reused from an earlier run" in out
+
+
+def test_another_training_setting_reads_no_image_again_and_is_compared_with_the_last_blessed(first, images, workdir):
+    changed = settings("train.epochs=3", "evaluate.tolerance=1.0")
+    assert local.run(changed, str(images), str(workdir)) == 0
+    result = result_of(workdir)
+    assert set(result["cached"]) == UPSTREAM
+    blessings = store_of(workdir).get_artifacts_by_type("ModelBlessing")
+    assert any("baseline_model_id" in artifact.custom_properties for artifact in blessings)
+    assert len(list((workdir / "serving" / "encoder").iterdir())) == 2
+
+
+def test_a_worse_model_than_the_last_blessed_is_not_pushed_and_fails_only_where_a_blessing_is_required(
+    first, images, workdir
+):
+    # One more than the largest gain there is: no model can pass.
+    strict = settings("train.epochs=1", "evaluate.min_gain=1.0")
+    versions = sorted((workdir / "serving" / "encoder").iterdir())
+    assert local.run(strict, str(images), str(workdir)) == 0
+    assert local.run(strict, str(images), str(workdir), require_blessing=True) == 1
+    result = result_of(workdir)
+    assert (result["status"], result["blessed"], result["pushed_model"]) == ("not_blessed", False, None)
+    assert sorted((workdir / "serving" / "encoder").iterdir()) == versions
+
+
+def test_unlabelled_images_run_to_the_end_with_label_metrics_null(sample_images, tmp_path):
+    folder = tmp_path / "flat"
+    folder.mkdir()
+    for i, data in enumerate(sample_images["tools"][:60]):
+        (folder / f"{i}.png").write_bytes(data)
+    workdir = tmp_path / "work"
+    assert local.run(settings("train.epochs=1"), str(folder), str(workdir)) == 0
+    metrics = result_of(workdir)["metrics"]
+    labelled = ("knn_top1", "linear_top1", "random_init_knn_top1", "pixel_knn_top1")
+    assert [metrics[name] for name in labelled] == [None] * 4
+    assert all(np.isfinite(metrics[name]) for name in metrics if name not in labelled)
+
+
+def test_three_images_end_in_one_line_with_exit_code_2(sample_images, tmp_path, capsys):
+    folder = tmp_path / "three"
+    folder.mkdir()
+    for i, data in enumerate(sample_images["tools"][:3]):
+        (folder / f"{i}.png").write_bytes(data)
+    code = cli.main(["run", "--images", str(folder), "--workdir", str(tmp_path / "w"), "--config", "demo"])
+    assert code == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("moco: ")
+    assert not (tmp_path / "w" / "serving").exists()
+    assert result_of(tmp_path / "w")["status"] == "failed"
+
+
+def test_a_second_run_on_a_working_directory_in_use_is_refused(tmp_path):
+    with local._locked(tmp_path), pytest.raises(UserError, match="another run uses"):
+        local.run(settings(), "nothing", str(tmp_path))
