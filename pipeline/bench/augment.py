@@ -29,7 +29,7 @@ from trainer_module.config import AugmentConfig, ImageConfig, Where
 SAMPLE = pathlib.Path(__file__).resolve().parents[2] / "configs" / "demo_images"
 _RUNNER = "--runner=apache_beam.runners.portability.fn_api_runner.FnApiRunner"
 _WIDTH, _HEIGHT = 1152, 896  # 1.03 megapixels
-_SHARDS = 4
+_SHARD_BYTES = 64 << 20  # ingest.shard_mb by default
 _WARM_UP = 0.1  # share of the pairs that passes before the clock starts
 _SEED = 0
 
@@ -39,7 +39,7 @@ def measure() -> Mapping[str, float]:
     return augment()
 
 
-def augment(images: int = 200, pairs_per_image: int = 1, sample: str = str(SAMPLE)) -> dict[str, float]:
+def augment(images: int = 300, pairs_per_image: int = 1, sample: str = str(SAMPLE)) -> dict[str, float]:
     """Measures the making of views from stored images, MoCo v2's recipe, against a plain Pillow loop.
 
     Both sides decode each image once and make `pairs_per_image` pairs of it. ViewAugmenter cuts them from the stored
@@ -165,9 +165,10 @@ def _write_examples(folder: pathlib.Path, encoded: list[bytes]) -> None:
     import tensorflow as tf
 
     folder.mkdir()
-    for shard in range(_SHARDS):
-        with tf.io.TFRecordWriter(str(folder / f"images-{shard:05d}-of-{_SHARDS:05d}.tfrecord")) as writer:
-            for data in encoded[shard::_SHARDS]:
+    shards = math.ceil(sum(map(len, encoded)) / _SHARD_BYTES)
+    for shard in range(shards):
+        with tf.io.TFRecordWriter(str(folder / f"images-{shard:05d}-of-{shards:05d}.tfrecord")) as writer:
+            for data in encoded[shard::shards]:
                 values = {"image/encoded": data, "image/sha256": hashlib.sha256(data).hexdigest().encode()}
                 lists = {name: tf.train.BytesList(value=[value]) for name, value in values.items()}
                 features = {name: tf.train.Feature(bytes_list=value) for name, value in lists.items()}

@@ -296,44 +296,40 @@ def test_check_accepts_every_kind_of_source(tmp_path: pathlib.Path) -> None:
         sources.check(f"{tmp_path}/{src}")
 
 
-@pytest.mark.skipif(os.getuid() != 0, reason="needs the right to become another user")
-def test_a_folder_that_may_not_be_read_is_named(tmp_path: pathlib.Path) -> None:
-    _become_nobody_and_list(tmp_path, 0o700)
-
-
-@pytest.mark.skipif(os.getuid() == 0, reason="the superuser may read everything")
-def test_a_folder_of_ones_own_that_may_not_be_read_is_named(tmp_path: pathlib.Path) -> None:
-    _become_nobody_and_list(tmp_path, 0o000)
-
-
-def _become_nobody_and_list(tmp_path: pathlib.Path, mode: int) -> None:
-    """Lists a folder with a locked folder in it; a file that may not be read is quarantined and stops nothing."""
+def test_a_locked_folder_is_named_and_a_locked_file_quarantined(tmp_path: pathlib.Path) -> None:
     root = pathlib.Path(__file__).resolve().parents[3]
     folder = write(tmp_path / "set" / "locked" / "a.png", png(1)).parent
+    file = write(tmp_path / "open" / "b.png", png(2))
+    mode = 0o700 if os.getuid() == 0 else 0o000  # the superuser may read everything, so he becomes another user below
     code = f"""
 import os, sys
 sys.path.insert(0, {str(root)!r})
+import PIL.Image
 from components.image_example_gen import sources
 from components.image_example_gen.config import IngestConfig
 from trainer_module.errors import UserError
-import components.image_example_gen.codec
-folder = os.open({str(tmp_path / "set")!r}, os.O_RDONLY)
-os.fchdir(folder)
+folders = [os.open(name, os.O_RDONLY) for name in {[str(tmp_path / "set"), str(tmp_path / "open")]!r}]
 if os.getuid() == 0:
     os.setuid(65534)
+os.fchdir(folders[0])
 try:
     list(sources.list_files("."))
 except UserError as error:
     print(error)
+os.fchdir(folders[1])
+print(*[(type(item).__name__, item.path, item.reason) for item in sources.read_images(".", IngestConfig())])
 """
-    folder.chmod(mode)
-    (tmp_path / "set").chmod(0o755)
+    for path in (folder, file):
+        path.chmod(mode)
+    for path in (folder.parent, file.parent):
+        path.chmod(0o755)
     try:
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     finally:
         folder.chmod(0o755)
-    assert "locked" in done.stdout
-    assert "may not be read" in done.stdout
+    first, second = done.stdout.splitlines()
+    assert "locked may not be read" in first
+    assert second == "('Bad', 'b.png', 'unreadable')"
 
 
 def test_the_fingerprint_sees_every_change_however_deep(tmp_path: pathlib.Path) -> None:
