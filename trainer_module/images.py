@@ -50,9 +50,9 @@ def decode_at_least(encoded: tf.Tensor, side: int) -> tf.Tensor:
 def stored_image(encoded: tf.Tensor, config: ImageConfig) -> tf.Tensor:
     """Brings an image to the size at which the pipeline keeps it.
 
-    The shorter side becomes config.storage_size, by an antialiased bilinear resize (smaller images are enlarged); an
-    image longer than config.max_aspect is cropped at its centre first. An image that has its size already is returned
-    untouched.
+    The shorter side becomes config.storage_size: larger images shrink by averaging areas, the sharpest antialiasing,
+    for views are resized once more; smaller ones are enlarged bilinearly. An image longer than config.max_aspect is
+    cropped at its centre first. An image that has its size already is returned untouched.
 
     Args:
         encoded: string [], see `decode`.
@@ -64,13 +64,14 @@ def stored_image(encoded: tf.Tensor, config: ImageConfig) -> tf.Tensor:
     image = _limit_aspect(decode_at_least(encoded, config.storage_size), config.max_aspect)
     size = tf.shape(image)[:2]
     target = _scaled_size(size, config.storage_size)
-    return _with_shape(
-        tf.cond(
-            tf.reduce_all(tf.equal(size, target)),
-            lambda: image,
-            lambda: to_uint8(tf.image.resize(image, target, antialias=True)),
-        )
+    resized = tf.case(
+        [
+            (tf.reduce_all(tf.equal(size, target)), lambda: image),
+            (tf.reduce_min(size) > config.storage_size, lambda: _resize(image, target, tf.image.ResizeMethod.AREA)),
+        ],
+        default=lambda: _resize(image, target, tf.image.ResizeMethod.BILINEAR),
     )
+    return _with_shape(resized)
 
 
 def centre_view(image: tf.Tensor, resize: int, size: int) -> tf.Tensor:
@@ -169,6 +170,10 @@ def _on_white(image: tf.Tensor) -> tf.Tensor:
 def _blend_with_white(rgb: tf.Tensor, alpha: tf.Tensor) -> tf.Tensor:
     rest = tf.cast(255 - rgb, tf.float32) * (tf.cast(alpha, tf.float32) / 255.0)
     return to_uint8(255.0 - rest)
+
+
+def _resize(image: tf.Tensor, size: tf.Tensor, method: str) -> tf.Tensor:
+    return to_uint8(tf.image.resize(image, size, method))
 
 
 def _limit_aspect(image: tf.Tensor, max_aspect: float) -> tf.Tensor:

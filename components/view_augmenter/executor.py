@@ -36,8 +36,9 @@ _SPACE_MARGIN = 1.02  # ids and framing of the records
 _REPORT_SECONDS = 0.5
 
 T = TypeVar("T")
-# id string [], png string [], stored image uint8 [h, w, 3], first pair of views uint8 [2, size, size, 3] or [0]
+# id string [], png string [], stored image uint8 [h, w, 3], pair of views uint8 [2, size, size, 3] or [0]
 ReadImage = tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor]
+MakePair = Callable[[tf.Tensor, tf.Tensor, tf.Tensor], tf.Tensor]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,14 +224,11 @@ class ViewStream:
 
     def _calls(self, images: Iterator[ReadImage]) -> Iterator[Callable[[], Views]]:
         for image in images:
-            yield functools.partial(_first_views, image)
-            for pair in range(1, self._job.pairs):
-                yield functools.partial(self._further_views, image, pair)
-
-    def _further_views(self, image: ReadImage, pair: int) -> Views:
-        assert self._make_pair
-        pixels = self._make_pair(image[0], image[2], tf.constant(pair, tf.int64))
-        return _first_views((*image[:3], pixels))._replace(pair=pair)
+            if self._make_pair is None:
+                yield functools.partial(_views_of, image, 0)
+            else:
+                for pair in range(self._job.pairs):
+                    yield functools.partial(_with_pair, self._make_pair, image, pair)
 
     def _ordered(self, pool: concurrent.futures.Executor, calls: Iterator[Callable[[], T]]) -> Iterator[T]:
         """The results of the calls in their order, of which few are under way or waiting at a time."""
@@ -246,7 +244,7 @@ class ViewStream:
 
 
 def _read_function(job: Job) -> Callable[[bytes], ReadImage]:
-    """An ingested record to its stored image and, since a call more has its price, the first pair of views."""
+    """An ingested record to its stored image and, where that is all and saves a second call, its one pair of views."""
 
     @tf.function(input_signature=[tf.TensorSpec([], tf.string)], autograph=False)
     def read(record: tf.Tensor) -> ReadImage:
@@ -255,13 +253,13 @@ def _read_function(job: Job) -> Callable[[bytes], ReadImage]:
         id_hex, image = parsed["image/sha256"], stored_image(parsed["image/encoded"], job.image)
         png = tf.io.encode_png(image, compression=0) if job.keeps_images else tf.constant(b"")
         first = tf.constant(0, tf.int64)
-        pixels = view_pair(image, id_hex, first, job.seed, job.augment) if job.pairs else tf.zeros([0], tf.uint8)
+        pixels = view_pair(image, id_hex, first, job.seed, job.augment) if job.pairs == 1 else tf.zeros([0], tf.uint8)
         return id_hex, png, image, pixels
 
     return read.get_concrete_function()
 
 
-def _pair_function(job: Job) -> Callable[[tf.Tensor, tf.Tensor, tf.Tensor], tf.Tensor]:
+def _pair_function(job: Job) -> MakePair:
     """Id, stored image and index of a pair to that pair."""
     spec = [tf.TensorSpec([], tf.string), tf.TensorSpec([None, None, 3], tf.uint8), tf.TensorSpec([], tf.int64)]
 
@@ -272,9 +270,14 @@ def _pair_function(job: Job) -> Callable[[tf.Tensor, tf.Tensor, tf.Tensor], tf.T
     return make_pair.get_concrete_function()
 
 
-def _first_views(image: ReadImage) -> Views:
+def _with_pair(make_pair: MakePair, image: ReadImage, pair: int) -> Views:
+    id_hex, png, stored, _ = image
+    return _views_of((id_hex, png, stored, make_pair(id_hex, stored, tf.constant(pair, tf.int64))), pair)
+
+
+def _views_of(image: ReadImage, pair: int) -> Views:
     id_hex, png, _, pixels = image
-    return Views(id_hex.numpy(), 0, png.numpy(), pixels.numpy())
+    return Views(id_hex.numpy(), pair, png.numpy(), pixels.numpy())
 
 
 def _cores() -> int:

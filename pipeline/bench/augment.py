@@ -1,6 +1,7 @@
 """Pairs of views per second at 224 px from JPEGs of a megapixel: ViewAugmenter under Beam against a Pillow loop.
 
-Both are measured on one core in one fresh process: `python -m pipeline.bench.augment FOLDER PAIRS_PER_IMAGE`.
+Each is measured on the same core in fresh processes of its own, half of the loop before ViewAugmenter and half after
+it: `python -m pipeline.bench.augment pillow|augmenter FOLDER PAIRS_PER_IMAGE HALF`.
 """
 
 import argparse
@@ -60,11 +61,18 @@ def augment(images: int = 300, pairs_per_image: int = 1, sample: str = str(SAMPL
     with tempfile.TemporaryDirectory() as work:
         folder = pathlib.Path(work)
         size = make_files(pathlib.Path(sample), folder / "images", images)
-        command = [sys.executable, "-m", "pipeline.bench.augment", work, str(pairs_per_image)]
-        root = pathlib.Path(__file__).resolve().parents[2]
-        environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", "GRPC_VERBOSITY": "ERROR"}
-        output = subprocess.run(command, cwd=root, env=environment, check=True, capture_output=True, text=True).stdout
-    return {**json.loads(output.splitlines()[-1]), "images": images, "jpeg_kilobytes": size / images / 1000}
+        first = _measure("pillow", folder, pairs_per_image, 0)
+        augmenter = _measure("augmenter", folder, pairs_per_image, 0)
+        second = _measure("pillow", folder, pairs_per_image, 1)
+    pillow = Rate(first.pairs + second.pairs, Seconds(*map(sum, zip(first.seconds, second.seconds, strict=True))))
+    return {
+        "pairs_per_second": round(augmenter.per_second.processor, 1),
+        "pillow_pairs_per_second": round(pillow.per_second.processor, 1),
+        "ratio": round(augmenter.per_second.processor / pillow.per_second.processor, 2),
+        "wall_ratio": round(augmenter.per_second.wall / pillow.per_second.wall, 2),
+        "images": images,
+        "jpeg_kilobytes": round(size / images / 1000, 1),
+    }
 
 
 def make_files(sample: pathlib.Path, folder: pathlib.Path, count: int) -> int:
@@ -89,60 +97,78 @@ def _pictures(sample: pathlib.Path) -> list[Image.Image]:
         return [Image.open(io.BytesIO(file.read())).convert("RGB") for file in files if file]
 
 
-class Clock(NamedTuple):
-    """Seconds of processor time and on the wall."""
+class Seconds(NamedTuple):
+    """Processor time of this process, and the clock on the wall."""
 
     processor: float
     wall: float
 
     @staticmethod
-    def now() -> "Clock":
+    def now() -> "Seconds":
         """Reads both."""
-        return Clock(time.process_time(), time.perf_counter())
+        return Seconds(time.process_time(), time.perf_counter())
+
+    def since(self, start: "Seconds") -> "Seconds":
+        """What has passed."""
+        return Seconds(self.processor - start.processor, self.wall - start.wall)
 
 
-def _compare(folder: pathlib.Path, pairs_per_image: int) -> dict[str, float]:
-    """Runs in the fresh process: half of the Pillow loop, ViewAugmenter, the other half."""
-    config = AugmentConfig(pairs_per_image=pairs_per_image, where=Where.beam)
-    encoded = [path.read_bytes() for path in sorted((folder / "images").iterdir())]
-    half = len(encoded) // 2
-    for data in encoded[: max(1, round(len(encoded) * _WARM_UP))]:
-        _pillow_pairs(data, config, random.Random(_SEED))
-    first = _time(lambda: _pillow_loop(encoded[:half], config))
-    beam_rate = _augmenter_rate(folder, encoded, config)
-    second = _time(lambda: _pillow_loop(encoded[half:], config))
-    pillow_rate = [len(encoded) * pairs_per_image / (a + b) for a, b in zip(first, second, strict=True)]
-    return {
-        "pairs_per_second": round(beam_rate[0], 1),
-        "pillow_pairs_per_second": round(pillow_rate[0], 1),
-        "ratio": round(beam_rate[0] / pillow_rate[0], 2),
-        "wall_ratio": round(beam_rate[1] / pillow_rate[1], 2),
-    }
+class Rate(NamedTuple):
+    """So many pairs in so much time."""
+
+    pairs: int
+    seconds: Seconds
+
+    @property
+    def per_second(self) -> Seconds:
+        """Pairs per second, by both clocks."""
+        return Seconds(self.pairs / self.seconds.processor, self.pairs / self.seconds.wall)
 
 
-def _time(work: Callable[[], None]) -> Clock:
-    start = Clock.now()
-    work()
-    end = Clock.now()
-    return Clock(end.processor - start.processor, end.wall - start.wall)
+def _measure(what: str, folder: pathlib.Path, pairs_per_image: int, half: int) -> Rate:
+    """Runs one measurement in a process of its own."""
+    command = [sys.executable, "-m", "pipeline.bench.augment", what, str(folder), str(pairs_per_image), str(half)]
+    root = pathlib.Path(__file__).resolve().parents[2]
+    environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", "GRPC_VERBOSITY": "ERROR"}
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-4000:]}")
+    pairs, seconds = json.loads(done.stdout.splitlines()[-1])
+    return Rate(pairs, Seconds(*seconds))
 
 
-def _augmenter_rate(folder: pathlib.Path, encoded: list[bytes], config: AugmentConfig) -> tuple[float, float]:
-    """Pairs per second of processor time and on the wall, from the end of the warm-up to the end of the pipeline."""
+def _run_pillow(folder: pathlib.Path, config: AugmentConfig, half: int) -> Rate:
+    """The loop over every second image."""
+    encoded = [path.read_bytes() for path in sorted((folder / "images").iterdir())[half::2]]
+    draw = random.Random(_SEED)
+    warm_up = max(1, round(len(encoded) * _WARM_UP))
+    for data in encoded[:warm_up]:
+        _pillow_pairs(data, config, draw)
+    start = Seconds.now()
+    for data in encoded[warm_up:]:
+        _pillow_pairs(data, config, draw)
+    return Rate((len(encoded) - warm_up) * config.pairs_per_image, Seconds.now().since(start))
+
+
+def _run_augmenter(folder: pathlib.Path, config: AugmentConfig) -> Rate:
+    """ViewAugmenter over all images, from the end of the warm-up to the end of the pipeline."""
     import apache_beam as beam
+    import tensorflow as tf
 
     from components.view_augmenter import executor
 
+    tf.config.threading.set_intra_op_parallelism_threads(1)
+    tf.config.threading.set_inter_op_parallelism_threads(1)
+    encoded = [path.read_bytes() for path in sorted((folder / "images").iterdir())]
     _write_examples(folder / "examples", encoded)
     job = executor.Job(str(folder / "views"), ImageConfig(), config, _SEED, len(encoded))
     pathlib.Path(job.split_folder).mkdir(parents=True)
     reports = _Reports()
     with beam.Pipeline(argv=[_RUNNER]) as pipeline:
         _ = pipeline | beam.Create(executor.find_shards(str(folder / "examples"))) | executor.MakeViews(job)
-    end = Clock.now()
     total = len(encoded) * config.pairs_per_image
     done, start = next((done, clock) for done, clock in reports.seen if done >= _WARM_UP * total)
-    return (total - done) / (end.processor - start.processor), (total - done) / (end.wall - start.wall)
+    return Rate(total - done, Seconds.now().since(start))
 
 
 class _Reports(logging.Handler):
@@ -150,14 +176,14 @@ class _Reports(logging.Handler):
 
     def __init__(self) -> None:
         super().__init__()
-        self.seen: list[tuple[int, Clock]] = []
+        self.seen: list[tuple[int, Seconds]] = []
         logger = logging.getLogger(progress.LOGGER_NAME)
         logger.setLevel(logging.INFO)
         logger.addHandler(self)
 
     def emit(self, record: logging.LogRecord) -> None:
         """Takes one report."""
-        self.seen.append((record.__dict__["progress"].done, Clock.now()))
+        self.seen.append((record.__dict__["progress"].done, Seconds.now()))
 
 
 def _write_examples(folder: pathlib.Path, encoded: list[bytes]) -> None:
@@ -173,12 +199,6 @@ def _write_examples(folder: pathlib.Path, encoded: list[bytes]) -> None:
                 lists = {name: tf.train.BytesList(value=[value]) for name, value in values.items()}
                 features = {name: tf.train.Feature(bytes_list=value) for name, value in lists.items()}
                 writer.write(tf.train.Example(features=tf.train.Features(feature=features)).SerializeToString())
-
-
-def _pillow_loop(encoded: list[bytes], config: AugmentConfig) -> None:
-    draw = random.Random(_SEED)
-    for data in encoded:
-        _pillow_pairs(data, config, draw)
 
 
 def _pillow_pairs(data: bytes, config: AugmentConfig, draw: random.Random) -> list[np.ndarray]:
@@ -238,17 +258,21 @@ def _pillow_hue(view: Image.Image, turns: float) -> Image.Image:
 
 
 def _main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    """Entry of the measuring processes."""
+    parser = argparse.ArgumentParser(description="One measurement of the augmentation benchmark.")
+    parser.add_argument("what", choices=("pillow", "augmenter"))
     parser.add_argument("folder", type=pathlib.Path)
     parser.add_argument("pairs_per_image", type=int)
+    parser.add_argument("half", type=int)
     options = parser.parse_args()
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
-    import tensorflow as tf
-
-    tf.config.threading.set_intra_op_parallelism_threads(1)
-    tf.config.threading.set_inter_op_parallelism_threads(1)
-    sys.stdout.write(json.dumps(_compare(options.folder, options.pairs_per_image)) + "\n")
+    config = AugmentConfig(pairs_per_image=options.pairs_per_image, where=Where.beam)
+    run = {
+        "pillow": lambda: _run_pillow(options.folder, config, options.half),
+        "augmenter": lambda: _run_augmenter(options.folder, config),
+    }
+    sys.stdout.write(json.dumps(run[options.what]()) + "\n")
 
 
 if __name__ == "__main__":

@@ -144,6 +144,11 @@ def test_bytes_do_not_depend_on_shards_bundles_or_threads(
         assert read(split, f"views-p{pair:04d}-") == read(one_shard, f"views-p{pair:04d}-")
 
 
+def test_a_single_pair_is_the_first_of_several(one_shard: standard_artifacts.Examples, tmp_path: Path) -> None:
+    single = run(tmp_path, dataclasses.replace(AUGMENT, pairs_per_image=1), shards=2)
+    assert read(single, "views-") == read(one_shard, "views-p0000-")
+
+
 def test_where_both_keeps_the_stored_images_beside_the_same_views(
     one_shard: standard_artifacts.Examples, both: standard_artifacts.Examples
 ) -> None:
