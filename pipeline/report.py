@@ -222,11 +222,10 @@ def _describe_augmenter(node: Node) -> str:
 
 def _describe_trainer(node: Node) -> str:
     training = _training(node)
-    speed = training["images_per_second"]
     continued = f", continued at {training['resumed_from']:,}" if training["resumed_from"] else ""
     return (
         f"{training['steps']:,} steps{continued}, loss {training['final_loss']:.2f}"
-        f"{f', {speed:,.0f} images/s' if speed else ''}, {training['replicas']} replicas"
+        f", {training['images_per_second']:,.0f} images/s, {training['replicas']} replicas"
     )
 
 

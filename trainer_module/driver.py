@@ -5,7 +5,9 @@ replicas compute the same new state from the same sums, so they assign it locall
 """
 
 import dataclasses
+import json
 import math
+import posixpath
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +22,8 @@ from trainer_module.errors import UserError
 from trainer_module.moco import Metrics, MoCo, State, initial_state
 from trainer_module.replica import current_replica
 
+RESULT_FILE = "result.json"
+
 
 @dataclasses.dataclass(frozen=True)
 class Result:
@@ -28,13 +32,13 @@ class Result:
     Attributes:
         steps: steps in all, over all starts.
         resumed_from: step of the checkpoint that this start continued, 0 for none.
-        images_per_second: query images per second of this start, without the compilation; None if it had no step left.
-        final_loss, pretext_top1, alignment: averages over the last epoch's steps of this start.
+        images_per_second: query images per second of the last start that trained, without the compilation.
+        final_loss, pretext_top1, alignment: averages over the last epoch's steps of that start.
     """
 
     steps: int
     resumed_from: int
-    images_per_second: float | None
+    images_per_second: float
     final_loss: float
     pretext_top1: float
     alignment: float
@@ -170,17 +174,34 @@ def train(
     manager = driver.checkpoints(checkpoint_dir)
     manager.restore_or_initialize()
     start = driver.step
+    if start == total:
+        return _read_result(checkpoint_dir)
     watch = _Watch(start, total, steps_per_epoch, config, Path(log_dir))
-    if start < total:
-        batches = iter(strategy.experimental_distribute_dataset(dataset_from(start)))
-        step = driver.compiled_step()
-        saved = time.monotonic()
-        for done in range(start + 1, total + 1):
-            watch.see(done, step(batches))
-            if time.monotonic() - saved > config.checkpoint_seconds or done == total:
-                manager.save(checkpoint_number=done)
-                saved = time.monotonic()
-    return watch.result()
+    batches = iter(strategy.experimental_distribute_dataset(dataset_from(start)))
+    step = driver.compiled_step()
+    saved = time.monotonic()
+    for done in range(start + 1, total + 1):
+        watch.see(done, step(batches))
+        if done < total and time.monotonic() - saved > config.checkpoint_seconds:
+            manager.save(checkpoint_number=done)
+            saved = time.monotonic()
+    result = watch.result()
+    # Before the last checkpoint, so that whoever finds training finished also finds what it gave.
+    _write_result(result, checkpoint_dir)
+    manager.save(checkpoint_number=total)
+    return result
+
+
+def _write_result(result: Result, checkpoint_dir: str) -> None:
+    tf.io.gfile.makedirs(checkpoint_dir)
+    with tf.io.gfile.GFile(posixpath.join(checkpoint_dir, RESULT_FILE), "w") as file:
+        file.write(json.dumps(dataclasses.asdict(result)))
+
+
+def _read_result(checkpoint_dir: str) -> Result:
+    with tf.io.gfile.GFile(posixpath.join(checkpoint_dir, RESULT_FILE)) as file:
+        result = Result(**json.load(file))
+    return dataclasses.replace(result, resumed_from=result.steps)
 
 
 class _Watch:
@@ -192,7 +213,7 @@ class _Watch:
         self._recent: list[Metrics] = []
         self._clock_started_at = start
         self._clock = self._reported = time.monotonic()
-        self._rate: float | None = None
+        self._rate = 0.0
         self._writer = tf.summary.create_file_writer(str(log_dir / "train"))
 
     def see(self, done: int, metrics: Metrics) -> None:
@@ -221,12 +242,12 @@ class _Watch:
         figures = {"loss": float(metrics.loss)}
         steps = done - self._clock_started_at
         if steps > 0:
-            self._rate = steps * self._config.global_batch / (time.monotonic() - self._clock)
-            figures["images/s"] = self._rate
+            self._rate = figures["images/s"] = steps * self._config.global_batch / (time.monotonic() - self._clock)
         progress.report("train", done, self._total, "steps", **figures)
 
     def result(self) -> Result:
         self._writer.close()
-        means = [float(np.mean([float(v) for v in values])) for values in zip(*self._recent, strict=True)]
-        loss, top1, alignment = means or (math.nan, math.nan, math.nan)
+        loss, top1, alignment = (
+            float(np.mean([float(v) for v in values])) for values in zip(*self._recent, strict=True)
+        )
         return Result(self._total, self._start, self._rate, loss, top1, alignment)

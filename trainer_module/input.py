@@ -137,9 +137,11 @@ def _epoch_batches(
     buffer = max(global_batch, min(SHUFFLE_BUFFER, SHUFFLE_BYTES // (2 * pixels)))
 
     def one_epoch(epoch: tf.Tensor) -> tf.data.Dataset:
-        seeds = tf.random.stateless_uniform([2], tf.stack([tf.constant(seed, tf.int64), epoch]), 0, 1 << 30, tf.int64)
+        seeds = tf.random.stateless_uniform(
+            [2], tf.stack([tf.constant(seed, tf.int64), epoch]), 0, 1 << 30, tf.int64, alg="philox"
+        )
         row = tf.gather(paths, epoch % len(files))
-        order = tf.argsort(tf.random.stateless_uniform([len(files[0])], seeds))
+        order = tf.argsort(tf.random.stateless_uniform([len(files[0])], seeds, alg="philox"))
         records = tf.data.Dataset.from_tensor_slices(tf.gather(row, order)).interleave(
             tf.data.TFRecordDataset, cycle_length=8, block_length=16, deterministic=True
         )

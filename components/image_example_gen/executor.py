@@ -1,7 +1,7 @@
 """Beam pipeline of ImageExampleGen: find, de-duplicate, split, group into shards, then check and write each shard.
 
 Only references (file, offset, size) travel between the stages. An image's bytes are read twice, once to hash them and
-once to check and write them, and never held longer than that; what the runner keeps is about 2 kB an image of references.
+once to check and write them, and never held longer than that; the runner keeps about 2 kB of references an image.
 """
 
 import bisect

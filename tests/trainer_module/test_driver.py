@@ -1,5 +1,7 @@
 """The loop: learning, exact resume, refusal of a diverged run."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -77,9 +79,9 @@ def test_a_resumed_run_ends_with_the_state_of_an_uninterrupted_one_to_the_bit(mo
 
 
 def test_a_finished_run_started_again_trains_no_further(model, tmp_path):
-    before, _ = run(model, tmp_path, epochs=1)
+    before, trained = run(model, tmp_path, epochs=1)
     after, result = run(model, tmp_path, epochs=1)
-    assert (result.resumed_from, result.images_per_second) == (STEPS, None)
+    assert result == dataclasses.replace(trained, resumed_from=STEPS)
     for a, b in zip(tf.nest.flatten(before), tf.nest.flatten(after), strict=True):
         np.testing.assert_array_equal(a, b)
 

@@ -56,11 +56,12 @@ def test_gray_jpeg_and_gray_png_get_three_equal_channels(scene: Image.Image) -> 
         assert (decoded == decoded[..., :1]).all()
 
 
-@pytest.mark.parametrize("mode", ["RGB", "L", "P"])
-@pytest.mark.parametrize("file_format", ["PNG", "GIF", "BMP"])
+@pytest.mark.parametrize(
+    ("mode", "file_format"),
+    # TensorFlow reads no BMP with a palette; ingestion makes a PNG of it.
+    [(m, f) for m in ("RGB", "L", "P") for f in ("PNG", "GIF", "BMP") if (m, f) != ("P", "BMP")],
+)
 def test_lossless_formats_are_decoded_exactly(pictures: list[Image.Image], mode: str, file_format: str) -> None:
-    if (mode, file_format) == ("P", "BMP"):
-        pytest.skip("TensorFlow reads no palette BMP")
     data = encode(pictures[0].convert(mode), file_format)
     expected = Image.open(io.BytesIO(data)).convert("RGB")
     np.testing.assert_array_equal(images.decode(tf.constant(data)), expected)

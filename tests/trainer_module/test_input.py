@@ -66,7 +66,7 @@ def test_an_epoch_holds_every_image_at_most_once_and_drops_the_rest(split_dir):
 
 def test_going_on_from_a_step_gives_the_batches_that_would_have_come(split_dir):
     whole = batches(split_dir, BOTH)
-    for start in (1, 4, 7, 11):
+    for start in (5, 9):  # within the stored pairs, and within those made anew
         rest = batches(split_dir, BOTH, start=start)
         assert len(rest) == len(whole) - start
         for (q, k), (expected_q, expected_k) in zip(rest, whole[start:], strict=True):
