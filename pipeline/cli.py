@@ -9,6 +9,7 @@ import difflib
 import errno
 import os
 import re
+import signal
 import subprocess
 import sys
 import traceback
@@ -43,14 +44,25 @@ def main(arguments: Sequence[str]) -> int:
     try:
         return _dispatch(list(arguments))
     except KeyboardInterrupt:
-        hint = "; the same command continues" if arguments and arguments[0] in _CONTINUES else ""
-        print(f"moco: interrupted{hint}", file=sys.stderr)
-        return INTERRUPTED
+        return _interrupted(arguments)
     except BrokenPipeError:  # whoever read our output, such as head, has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
     except Exception as error:
-        return _explain(error, debug)
+        return _interrupted(arguments) if was_interrupted(error) else _explain(error, debug)
+
+
+def _interrupted(arguments: Sequence[str]) -> int:
+    hint = "; the same command continues" if arguments and arguments[0] in _CONTINUES else ""
+    print(f"moco: interrupted{hint}", file=sys.stderr)
+    return INTERRUPTED
+
+
+def was_interrupted(error: BaseException) -> bool:
+    """Whether Ctrl-C ended it: Beam raises a DoFn's KeyboardInterrupt again as a RuntimeError."""
+    return any(
+        isinstance(link, KeyboardInterrupt) or str(link).startswith("KeyboardInterrupt") for link in _chain(error)
+    )
 
 
 def _dispatch(arguments: list[str]) -> int:
@@ -258,6 +270,8 @@ def _pipeline(
     Path(workdir).mkdir(parents=True, exist_ok=True)
     from pipeline import local
 
+    # A polite kill (docker stop, timeout) ends a run as Ctrl-C does: said in one line, and to be continued.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with console.progress_shown():
         return local.run(settings, images, workdir, require_blessing=require_blessing)
 
@@ -317,6 +331,10 @@ def check_workdir(workdir: str, images: str) -> None:
     Raises:
         UserError: it is remote, a file, not writable, or inside the folder of images.
     """
+    if not workdir.strip():
+        raise UserError("--workdir is empty; name a folder, e.g. --workdir ./run")
+    if not images.strip():
+        raise UserError("--images is empty; name a folder, a glob in quotes, tar files or TFRecords")
     if "://" in workdir:
         raise UserError(f"--workdir {workdir}: must be a folder on this machine, e.g. --workdir ./run")
     path = Path(workdir).expanduser().absolute()

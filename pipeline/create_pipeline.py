@@ -1,4 +1,4 @@
-"""The pipeline: what feeds what. A pure function of its arguments; paths and metadata are the runner's business."""
+"""The pipeline: what feeds what. It depends on its arguments and our sources; paths and metadata are the runner's."""
 
 import dataclasses
 import json
@@ -95,7 +95,9 @@ def create_pipeline(
         model=model,
         baseline_model=baseline.outputs["model"],
         example_splits=["train", "eval"],
-        eval_config=make_eval_config(config.evaluate, fingerprint.of("components.evaluator.eval_config")),
+        eval_config=make_eval_config(
+            config.evaluate, fingerprint.of("components.evaluator.eval_config", eval_model.MODULE_PATH)
+        ),
         module_path=eval_model.MODULE_PATH,
     ).with_id("Evaluator")
     pusher = tfx.components.Pusher(

@@ -12,9 +12,9 @@ ROOMS = ("pipeline", "components", "trainer_module")
 
 
 def of(*modules: str) -> str:
-    """Hashes modules of this project together with everything of it that they import, however deep.
+    """Hashes modules of this project, everything of it that they import, however deep, and the pinned requirements.
 
-    Comments and formatting do not count; docstrings do.
+    Comments and formatting do not count; docstrings do. Another version of a library may give other results.
 
     Args:
         *modules: dotted names, such as "components.view_augmenter.executor".
@@ -22,7 +22,7 @@ def of(*modules: str) -> str:
     Returns:
         16 hexadecimal digits.
     """
-    digest = hashlib.sha256()
+    digest = hashlib.sha256((ROOT / "requirements.txt").read_bytes())
     for path in sorted(_closure(modules)):
         digest.update(path.relative_to(ROOT).as_posix().encode())
         digest.update(ast.dump(ast.parse(path.read_bytes())).encode())

@@ -27,6 +27,7 @@ from pipeline.config import Config, to_yaml
 from pipeline.create_pipeline import Places, create_pipeline
 from trainer_module.driver import prepare_devices
 from trainer_module.errors import UserError
+from trainer_module.input import check_batch
 
 # Newer Beam would otherwise choose Prism, which downloads a binary; and in memory it is several times faster than with
 # worker processes, each of which imports TensorFlow anew.
@@ -62,6 +63,8 @@ def run(config: Config, images: str, workdir: str, *, require_blessing: bool = F
 
 def _run(config: Config, images: str, home: Path, require_blessing: bool) -> int:
     prepare_devices(config.train.replicas)
+    # A killed run must not leave the outcome of the one before it.
+    (home / "result.json").unlink(missing_ok=True)
     _write(home / "config.yaml", to_yaml(config))
     connection = tfx.orchestration.metadata.sqlite_metadata_connection_config(str(home / "metadata.sqlite"))
     places = Places(str(home / "artifacts"), str(home / "serving" / "encoder"), str(home / "checkpoints"))
@@ -72,6 +75,9 @@ def _run(config: Config, images: str, home: Path, require_blessing: bool) -> int
         nodes.append(node)
         if text := report.describe(node):
             console.line(console.component_line(node.id, text, node.seconds, node.cached))
+        if node.id == "ImageExampleGen":
+            # Known now, and not only after statistics and views have been made in vain.
+            check_batch(report.ingested(node)["train"], config.train.global_batch)
 
     began = time.monotonic()
     runner = _Runner(finished)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -29,6 +30,7 @@ _METRICS = (
     "effective_rank",
     "uniformity",
 )
+_TRAIN = ("steps", "images_per_second", "final_loss", "strategy", "replicas")
 _COUNTS = ("read", "ingested", "quarantined", "duplicates", "train", "eval")
 
 
@@ -68,7 +70,7 @@ def collect(nodes: Sequence[Node], seconds: float) -> dict[str, Any]:
     training = _training(by_id["Trainer"])
     metrics = read_metrics(by_id["Evaluator"].uri("evaluation"))
     blessed = _blessed(by_id["Evaluator"])
-    counts = _ingest(by_id["ImageExampleGen"])
+    counts = ingested(by_id["ImageExampleGen"])
     return {
         "status": "succeeded" if blessed else "not_blessed",
         "blessed": blessed,
@@ -76,13 +78,7 @@ def collect(nodes: Sequence[Node], seconds: float) -> dict[str, Any]:
         "images": {key: counts[key] for key in _COUNTS},
         "metrics": {name: metrics.get(name) for name in _METRICS}
         | {"pretext_top1": training["pretext_top1"], "alignment": training["alignment"]},
-        "train": {
-            "steps": training["steps"],
-            "images_per_second": training["images_per_second"],
-            "final_loss": training["final_loss"],
-            "strategy": training["strategy"],
-            "replicas": training["replicas"],
-        },
+        "train": {name: training[name] for name in _TRAIN},
         "seconds": {node.id: round(node.seconds, 2) for node in nodes} | {"total": round(seconds, 2)},
         "executor_seconds": {node.id: round(node.executor_seconds, 2) for node in nodes},
         "cached": [node.id for node in nodes if node.cached],
@@ -96,11 +92,19 @@ def failed(nodes: Sequence[Node], current: str, error: BaseException, seconds: f
             "status": "failed",
             "blessed": False,
             "pushed_model": None,
+            "images": _counts_so_far(nodes),
+            "metrics": dict.fromkeys((*_METRICS, "pretext_top1", "alignment")),
+            "train": dict.fromkeys(_TRAIN),
             "failed_component": current or None,
             "error": str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__,
             "seconds": {node.id: round(node.seconds, 2) for node in nodes} | {"total": round(seconds, 2)},
         }
     )
+
+
+def _counts_so_far(nodes: Sequence[Node]) -> dict[str, int | None]:
+    counts = next((ingested(node) for node in nodes if node.id == "ImageExampleGen"), {})
+    return {key: counts.get(key) for key in _COUNTS}
 
 
 def to_json(result: Mapping[str, Any]) -> str:
@@ -124,21 +128,34 @@ def summary(result: Mapping[str, Any], nodes: Sequence[Node], config: Config, im
             f"{config.encoder.name} (width {config.encoder.width}), {train['steps']:,} steps of "
             f"{config.train.global_batch} images on {train['replicas']} replicas, loss {train['final_loss']:.2f}",
         ),
-        *_quality(result["metrics"], config),
+        *_quality(result["metrics"], counts, config),
         ("blessed", _verdict(result, by_id["Evaluator"])),
         ("encoder", _encoder(result, by_id)),
-        ("took", _took(result["seconds"]["total"], result["cached"], len(nodes))),
+        ("took", _took(result["seconds"]["total"], result["cached"])),
         ("details", f"{home / 'result.json'}, {home / 'log.txt'}"),
     ]
     lines = ["", *(f"{label:<10}{text}" for label, text in rows)]
     if result["pushed_model"]:
-        command = ["./moco", "embed", "--model", result["pushed_model"], "--images", images, "--out", "embeddings.npz"]
+        command = [
+            "./moco",
+            "embed",
+            "--model",
+            result["pushed_model"],
+            "--images",
+            _absolute(images),
+            "--out",
+            "embeddings.npz",
+        ]
         lines += ["", "Embed images with it:", "  " + shlex.join(command)]
     return lines
 
 
+def _absolute(images: str) -> str:
+    return images if "://" in images else os.path.abspath(os.path.expanduser(images))
+
+
 def _notes(by_id: Mapping[str, Node]) -> Iterator[str]:
-    counts = _ingest(by_id["ImageExampleGen"])
+    counts = ingested(by_id["ImageExampleGen"])
     if counts["quarantined"]:
         yield f"{counts['quarantined']:,} unusable: {by_id['ImageExampleGen'].uri('examples')}/quarantine.jsonl"
     if counts.get("label_conflicts"):
@@ -147,14 +164,17 @@ def _notes(by_id: Mapping[str, Node]) -> Iterator[str]:
     yield from read_missing_labels(by_id["StatisticsGen"].uri("statistics"))
 
 
-def _quality(metrics: Mapping[str, float | None], config: Config) -> Iterator[tuple[str, str]]:
+def _quality(
+    metrics: Mapping[str, float | None], images: Mapping[str, int], config: Config
+) -> Iterator[tuple[str, str]]:
     if metrics["knn_top1"] is None:
         yield "quality", f"no labels: effective rank {_figure(metrics['effective_rank'], 1)}"
         return
+    neighbours = min(config.evaluate.knn_k, images["train"])
     yield (
         "kNN top-1",
         f"{_figure(metrics['knn_top1'])} trained, {_figure(metrics['random_init_knn_top1'])} untrained, "
-        f"{_figure(metrics['pixel_knn_top1'])} raw pixels  (backbone, k = {config.evaluate.knn_k}, "
+        f"{_figure(metrics['pixel_knn_top1'])} raw pixels  (backbone, k = {neighbours}, "
         f"T = {config.evaluate.knn_temperature:g})",
     )
     if metrics["linear_top1"] is not None:
@@ -171,9 +191,9 @@ def _encoder(result: Mapping[str, Any], by_id: Mapping[str, Node]) -> str:
     return result["pushed_model"] or f"not pushed; it lies in {by_id['Trainer'].uri('model')}/Format-Serving"
 
 
-def _took(seconds: float, cached: Sequence[str], nodes: int) -> str:
+def _took(seconds: float, cached: Sequence[str]) -> str:
     minutes, rest = divmod(round(seconds), 60)
-    reused = f"; {len(cached)} of {nodes} components were reused from an earlier run" if cached else ""
+    reused = f"; {len(cached)} of {len(_DESCRIBERS)} components were reused from an earlier run" if cached else ""
     return f"{minutes} min {rest} s{reused}"
 
 
@@ -182,7 +202,7 @@ def _figure(value: float | None, digits: int = 3) -> str:
 
 
 def _describe_ingest(node: Node) -> str:
-    counts = _ingest(node)
+    counts = ingested(node)
     return (
         f"{counts['read']:,} read: {counts['train']:,} train, {counts['eval']:,} eval, "
         f"{counts['quarantined']:,} quarantined, {counts['duplicates']:,} duplicates"
@@ -222,7 +242,7 @@ def _describe_augmenter(node: Node) -> str:
 
 def _describe_trainer(node: Node) -> str:
     training = _training(node)
-    continued = f", continued at {training['resumed_from']:,}" if training["resumed_from"] else ""
+    continued = f", continued at {training['resumed_from']:,}" if training["resumed_from"] and not node.cached else ""
     return (
         f"{training['steps']:,} steps{continued}, loss {training['final_loss']:.2f}"
         f", {training['images_per_second']:,.0f} images/s, {training['replicas']} replicas"
@@ -256,7 +276,8 @@ _DESCRIBERS: Mapping[str, Callable[[Node], str]] = {
 }
 
 
-def _ingest(node: Node) -> dict[str, Any]:
+def ingested(node: Node) -> dict[str, Any]:
+    """The counts that ImageExampleGen left."""
     return json.loads(Path(node.uri("examples"), "ingest.json").read_text(encoding="utf-8"))
 
 

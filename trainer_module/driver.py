@@ -4,6 +4,7 @@ The step itself is pure (trainer_module.moco); here its state lives in variables
 replicas compute the same new state from the same sums, so they assign it locally, with no further traffic.
 """
 
+import collections
 import dataclasses
 import json
 import math
@@ -91,10 +92,10 @@ def learning_rate(config: TrainConfig, steps_per_epoch: int) -> Callable[[tf.Ten
 class Driver:
     """Holds the state in variables, runs steps, saves and restores."""
 
-    def __init__(self, moco: MoCo, config: TrainConfig, strategy: tf.distribute.Strategy, seed: int) -> None:
-        self._moco, self._config, self._strategy = moco, config, strategy
+    def __init__(self, moco: MoCo, config: TrainConfig, strategy: tf.distribute.Strategy) -> None:
+        self._moco, self._strategy = moco, strategy
         with strategy.scope():
-            self._variables = tf.nest.map_structure(_variable, initial_state(moco.model, config.queue, seed))
+            self._variables = tf.nest.map_structure(_variable, initial_state(moco.model, config.queue, moco.seed))
         flat = tf.nest.flatten(self._variables)
         self._checkpoint = tf.train.Checkpoint(**{f"state{i:04d}": v for i, v in enumerate(flat)})
 
@@ -181,8 +182,10 @@ def train(
     step = driver.compiled_step()
     saved = time.monotonic()
     for done in range(start + 1, total + 1):
-        watch.see(done, step(batches))
+        metrics = step(batches)
+        watch.see(done, metrics)
         if done < total and time.monotonic() - saved > config.checkpoint_seconds:
+            watch.check_finite(done, metrics)  # a checkpoint that is not finite could never be continued
             manager.save(checkpoint_number=done)
             saved = time.monotonic()
     result = watch.result()
@@ -208,31 +211,34 @@ class _Watch:
     """Collects metrics, reports progress, writes TensorBoard points, stops a run that has diverged."""
 
     def __init__(self, start: int, total: int, steps_per_epoch: int, config: TrainConfig, log_dir: Path) -> None:
-        self._start, self._total, self._window = start, total, steps_per_epoch
+        self._start, self._total = start, total
         self._config, self._log_dir = config, log_dir
-        self._recent: list[Metrics] = []
+        self._recent: collections.deque[Metrics] = collections.deque(maxlen=steps_per_epoch)
         self._clock_started_at = start
         self._clock = self._reported = time.monotonic()
         self._rate = 0.0
         self._writer = tf.summary.create_file_writer(str(log_dir / "train"))
 
     def see(self, done: int, metrics: Metrics) -> None:
-        self._recent = [*self._recent[-self._window + 1 :], metrics]
+        self._recent.append(metrics)
         if done == self._start + 1:
             float(metrics.loss)  # waits for the first step, which compiles
             self._clock, self._clock_started_at = time.monotonic(), done
         now = time.monotonic()
         if done % self._config.log_steps == 0 or done == self._total:
+            self.check_finite(done, metrics)
             self._log(done, metrics)
         if now - self._reported > 0.5 or done in (self._start + 1, self._total):
             self._report(done, metrics, now)
 
-    def _log(self, done: int, metrics: Metrics) -> None:
+    def check_finite(self, done: int, metrics: Metrics) -> None:
         if not np.isfinite(float(metrics.loss)):
             raise UserError(
                 f"training diverged: the loss at step {done} is {float(metrics.loss)}; "
                 f"lower train.learning_rate (now {self._config.learning_rate:g})"
             )
+
+    def _log(self, done: int, metrics: Metrics) -> None:
         with self._writer.as_default(step=done):
             for name, value in metrics._asdict().items():
                 tf.summary.scalar(name, value)

@@ -16,8 +16,8 @@ from trainer_module.errors import UserError
 from trainer_module.views import view_pair
 
 MANIFEST = "views.json"
-SHUFFLE_BUFFER = 8192  # images; at 224 px the views of so many are 2.5 GB
-SHUFFLE_BYTES = 1 << 30
+SHUFFLE_BUFFER = 8192  # images at the most
+SHUFFLE_BYTES = 1 << 30  # of views at the most
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,12 +79,21 @@ def steps_per_epoch(source: Source, global_batch: int) -> int:
     Raises:
         UserError: fewer images than one batch.
     """
-    if source.images < global_batch:
-        raise UserError(
-            f"{source.images} training images are fewer than train.global_batch={global_batch}: "
-            f"add images, or set train.global_batch to at most {source.images}"
-        )
+    check_batch(source.images, global_batch)
     return source.images // global_batch
+
+
+def check_batch(images: int, global_batch: int) -> None:
+    """Refuses a batch that the training images cannot fill.
+
+    Raises:
+        UserError: fewer images than one batch.
+    """
+    if images < global_batch:
+        raise UserError(
+            f"{images} training images are fewer than train.global_batch={global_batch}: "
+            f"add images, or set train.global_batch to at most {images}"
+        )
 
 
 def dataset_from(
@@ -97,7 +106,7 @@ def dataset_from(
         augment: the recipe, for views that are made here.
         seed: of the order and of the views.
         epochs: at which the data ends.
-        global_batch: images in a batch; what is left over at the end of an epoch waits for the next order.
+        global_batch: images in a batch; what is left over at the end of an epoch is dropped.
         start_step: steps that were done already.
 
     Returns:

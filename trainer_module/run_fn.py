@@ -98,7 +98,9 @@ def run_fn(fn_args: Any) -> None:
         weight_decay=config.weight_decay,
         seed=experiment.seed,
     )
-    driver = Driver(moco, config, strategy, experiment.seed)
+    driver = Driver(moco, config, strategy)
+    checkpoints = checkpoint_dir(experiment, fn_args.train_files[0], fn_args.transform_output)
+    logs = posixpath.join(checkpoints, "logs")
     result = train(
         driver,
         strategy,
@@ -107,9 +109,10 @@ def run_fn(fn_args: Any) -> None:
         ),
         config,
         steps,
-        checkpoint_dir(experiment, fn_args.train_files[0], fn_args.transform_output),
-        fn_args.model_run_dir,
+        checkpoints,
+        logs,
     )
+    _copy_files(posixpath.join(logs, "train"), posixpath.join(fn_args.model_run_dir, "train"))
     driver.copy_weights_to(encoder.model)
     trained = make_encoder_module(encoder.backbone, transform, statistics, experiment)
     save_evaluation(EvaluationModule(trained, untrained), fn_args.eval_model_dir)
@@ -134,6 +137,13 @@ def make_encoder_module(
     size = experiment.augment.size
     resize = eval_resize(experiment.image, experiment.augment)
     return EncoderModule(backbone, transform, statistics.mean, statistics.std, resize, size)
+
+
+def _copy_files(source: str, destination: str) -> None:
+    """Copies the curves of all starts of this training, which lie beside its checkpoints."""
+    tf.io.gfile.makedirs(destination)
+    for name in tf.io.gfile.listdir(source):
+        tf.io.gfile.copy(posixpath.join(source, name), posixpath.join(destination, name), overwrite=True)
 
 
 def _write_result(result: Result, config: TrainConfig, strategy: tf.distribute.Strategy, directory: str) -> None:

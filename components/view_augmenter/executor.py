@@ -27,9 +27,9 @@ from trainer_module import config_json, progress
 from trainer_module.config import AugmentConfig, ImageConfig, Where
 from trainer_module.errors import UserError
 from trainer_module.images import stored_image
+from trainer_module.input import MANIFEST
 from trainer_module.views import view_pair
 
-MANIFEST = "views.json"
 SPLIT = "train"
 _SCRATCH = ".scratch"
 _SPACE_MARGIN = 1.02  # ids and framing of the records

@@ -34,7 +34,7 @@ def run(name: str, json_file: str | None) -> None:
         raise UserError(f"--json {json_file}: the folder {Path(json_file).parent} does not exist; make it first")
     figures = dict(importlib.import_module(f"{__name__}.{name}").measure())
     for figure, value in figures.items():
-        console.line(f"{figure:<44} {value:>14,.2f}")
+        console.line(f"{figure:<44} {value:>14,.3f}")
     if json_file:
         _write(Path(json_file), json.dumps({"benchmark": name, "figures": figures}, indent=2) + "\n")
 

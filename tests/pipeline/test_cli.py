@@ -329,3 +329,25 @@ def test_groups_are_folders_with_a_line_for_each_module(tmp_path: Path):
 def test_bench_refuses_a_missing_folder_for_its_figures_before_it_measures(tmp_path: Path):
     with pytest.raises(UserError, match="does not exist"):
         bench.run("any", str(tmp_path / "nowhere" / "figures.json"))
+
+
+def test_ctrl_c_within_a_beam_stage_counts_as_an_interruption():
+    import apache_beam as beam
+
+    def interrupt(_):
+        raise KeyboardInterrupt
+
+    with (
+        pytest.raises(RuntimeError) as caught,
+        beam.Pipeline(runner="apache_beam.runners.portability.fn_api_runner.FnApiRunner") as pipeline,
+    ):
+        _ = pipeline | beam.Create([1]) | beam.Map(interrupt)
+    assert cli.was_interrupted(caught.value)
+    assert not cli.was_interrupted(RuntimeError("something else"))
+
+
+@pytest.mark.parametrize(("images", "workdir", "key"), [("", "w", "--images"), ("x", " ", "--workdir")])
+def test_an_empty_folder_name_is_refused_by_its_own_key(images, workdir, key, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=f"^{key} is empty"):
+        cli.check_workdir(workdir, images)

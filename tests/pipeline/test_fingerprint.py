@@ -12,6 +12,7 @@ def project(tmp_path, monkeypatch):
     """A copy of the project's sources that a test may change."""
     for room in fingerprint.ROOMS:
         shutil.copytree(fingerprint.ROOT / room, tmp_path / room, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(fingerprint.ROOT / "requirements.txt", tmp_path)
     monkeypatch.setattr(fingerprint, "ROOT", tmp_path)
     return tmp_path
 

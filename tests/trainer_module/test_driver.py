@@ -57,7 +57,7 @@ def run(model, directory, epochs, replicas=2, rate=0.05, schedule_epochs=None):
         0,
     )
     strategy = make_strategy(replicas)
-    driver = Driver(moco, config, strategy, 0)
+    driver = Driver(moco, config, strategy)
     result = train(driver, strategy, dataset_from, config, STEPS, str(directory / "ckpt"), str(directory / "logs"))
     return driver.state(), result
 
@@ -96,7 +96,7 @@ def test_all_replicas_hold_the_same_state(model):
     config = TrainConfig(replicas=2, global_batch=BATCH, epochs=1, queue=64)
     encode = key_encoding(KeyBnMode.cross_replica_sum)
     moco = MoCo(model, (110.0,) * 3, (60.0,) * 3, encode, lambda _: tf.constant(0.1), 0.9, 0.2, 0.9, 1e-4, 0)
-    driver = Driver(moco, config, strategy, 0)
+    driver = Driver(moco, config, strategy)
     driver.compiled_step()(iter(strategy.experimental_distribute_dataset(dataset_from(0))))
     for variable in tf.nest.flatten(driver._variables):
         first, second = strategy.experimental_local_results(variable)

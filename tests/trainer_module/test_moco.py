@@ -110,7 +110,7 @@ def test_gather_with_a_permutation_then_own_rows_shuffles_and_unshuffles_to_the_
 def run_steps(model, views, replicas, mode, steps=2):
     strategy = make_strategy(replicas)
     config = TrainConfig(replicas=replicas, global_batch=BATCH, epochs=steps, queue=QUEUE)
-    driver = Driver(make_moco(model, mode), config, strategy, 0)
+    driver = Driver(make_moco(model, mode), config, strategy)
     data = tf.data.Dataset.from_tensors(tuple(views)).repeat()
     batches = iter(strategy.experimental_distribute_dataset(data.unbatch().batch(BATCH, drop_remainder=True)))
     step = driver.compiled_step()
