@@ -149,6 +149,9 @@ def _outcome(
     with metadata.Metadata(connection) as handle:
         (execution,) = handle.store.get_executions_by_id([execution_id])
         outputs = execution_lib.get_output_artifacts(handle, execution_id)
+    if execution.last_known_state == _EXECUTION.FAILED:
+        # A resolver that fails says so in the metadata only, and what follows would run without its inputs.
+        raise RuntimeError(f"{node_id} failed; see the log")
     cached = execution.last_known_state == _EXECUTION.CACHED
     return report.Node(node_id, seconds, own, cached, {key: list(value) for key, value in outputs.items()})
 

@@ -17,7 +17,7 @@ class LatestOtherBlessedModelStrategy(resolver.ResolverStrategy):
 
     def resolve_artifacts(
         self, store: MetadataStore, input_dict: dict[str, list[types.Artifact]]
-    ) -> dict[str, list[types.Artifact]] | None:
+    ) -> dict[str, list[types.Artifact]]:
         """Resolves by TFX's strategy, after taking the candidate away.
 
         Args:
@@ -25,9 +25,11 @@ class LatestOtherBlessedModelStrategy(resolver.ResolverStrategy):
             input_dict: `candidate`, `model` and `model_blessing`, all there are.
 
         Returns:
-            The same keys but `candidate`, with one artifact each or, when nothing else was blessed, none.
+            The same keys, since TFX looks for each of them: the candidate, and one model with its blessing or, when
+            nothing else was blessed, none.
         """
         candidates = {artifact.id for artifact in input_dict[CANDIDATE]}
         others = {key: artifacts for key, artifacts in input_dict.items() if key != CANDIDATE}
         others["model"] = [model for model in others["model"] if model.id not in candidates]
-        return LatestBlessedModelStrategy().resolve_artifacts(store, others)
+        resolved = LatestBlessedModelStrategy().resolve_artifacts(store, others) or {}
+        return {CANDIDATE: input_dict[CANDIDATE], **resolved}

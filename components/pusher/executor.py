@@ -59,13 +59,14 @@ class Executor(executor.Executor):
         model_path = self.GetModelPath(input_dict)
         # The archive comes first: once the model can be served nothing is left that could fail.
         io_utils.copy_dir(model_path, pushed_model.uri)
-        _write_card(pusher_card(exec_properties), pushed_model.uri)
+        if card := _card(exec_properties):
+            _write_card(card, pushed_model.uri)
         destination = push(pushed_model.uri, _base_directory(exec_properties))
         self._MarkPushed(pushed_model, pushed_destination=destination, pushed_version=os.path.basename(destination))
 
 
-def pusher_card(exec_properties: dict[str, Any]) -> dict[str, Any]:
-    """Returns what the pipeline has to say in the model's card; empty when it says nothing."""
+def _card(exec_properties: dict[str, Any]) -> dict[str, Any]:
+    """What the pipeline has to say in the model's card; empty when it says nothing."""
     custom_config = json_utils.loads(exec_properties.get(standard_component_specs.CUSTOM_CONFIG_KEY) or "null") or {}
     return json.loads(custom_config.get(CARD, "{}"))
 
