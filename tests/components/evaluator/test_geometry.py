@@ -1,3 +1,5 @@
+"""Spread, effective rank and uniformity against their definitions."""
+
 import numpy as np
 import pytest
 from hypothesis import given, settings

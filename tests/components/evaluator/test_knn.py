@@ -1,3 +1,5 @@
+"""Weighted kNN against a brute-force reference and scikit-learn."""
+
 import numpy as np
 import pytest
 from hypothesis import given, settings

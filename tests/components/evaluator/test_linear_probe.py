@@ -1,3 +1,5 @@
+"""The linear probe: it learns what is linear, and chooses within the train split."""
+
 import numpy as np
 import pytest
 

@@ -1,3 +1,5 @@
+"""Figures and rules: each kind of encoder gets the outcome that it deserves."""
+
 import dataclasses
 import math
 

@@ -1,3 +1,5 @@
+"""The Pusher: whole versions or none, whatever is there already."""
+
 import os
 import signal
 import socket
