@@ -12,7 +12,7 @@ from trainer_module.moco import MoCo, initial_state
 from trainer_module.replica import ContextReplica, SingleReplica, gather, own_rows
 from trainer_module.shuffle import key_encoding, permutation
 
-BATCH, SIDE, QUEUE, M, T, LR, DECAY = 8, 16, 20, 0.9, 0.2, 0.1, 1e-2
+BATCH, SIDE, QUEUE, M, T, LR, DECAY, SEED = 8, 16, 20, 0.9, 0.2, 0.1, 1e-2, 7
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,7 @@ def views():
 
 
 def make_moco(model, mode=KeyBnMode.cross_replica_sum):
-    return MoCo(model, (128.0,) * 3, (64.0,) * 3, key_encoding(mode), lambda _: tf.constant(LR), M, T, 0.9, DECAY, 7)
+    return MoCo(model, (128.0,) * 3, (64.0,) * 3, key_encoding(mode), lambda _: tf.constant(LR), M, T, 0.9, DECAY, SEED)
 
 
 def test_key_weights_start_as_a_copy_of_the_query_s_head_included(model):
@@ -124,7 +124,7 @@ def test_two_replicas_normalise_keys_with_other_images_than_their_queries(model,
     unshuffled, _ = run_steps(model, views, 2, KeyBnMode.none, 1)
     state = initial_state(model, QUEUE, 0)
     moco = make_moco(model)
-    perm = permutation(tf.constant([7, 0]), BATCH)
+    perm = permutation(tf.constant([SEED, 0]), BATCH)
     key = [M * k + (1 - M) * q for q, k in zip(state.query, state.key, strict=True)]
     x = tf.gather(views[1], perm)
     k = tf.concat([moco.encode(key, state.key_stats, half)[0] for half in (x[:4], x[4:])], 0)
@@ -135,7 +135,7 @@ def test_two_replicas_normalise_keys_with_other_images_than_their_queries(model,
 
 def test_two_replicas_take_the_gradient_of_the_global_batch(model, views):
     both, metrics = run_steps(model, views, 2, KeyBnMode.none, 1)
-    moco, state = make_moco(model, KeyBnMode.none), initial_state(model, QUEUE, 0)
+    moco, state = make_moco(model, KeyBnMode.none), initial_state(model, QUEUE, SEED)
     halves = [moco.step(state, views[0][s], views[1][s], SingleReplica()) for s in (slice(0, 4), slice(4, 8))]
     for i, w in enumerate(both.query):
         np.testing.assert_allclose(w, (halves[0][0].query[i] + halves[1][0].query[i]) / 2, atol=1e-5)
