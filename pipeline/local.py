@@ -25,9 +25,9 @@ from tfx.proto.orchestration import pipeline_pb2
 from pipeline import console, report
 from pipeline.config import Config, to_yaml
 from pipeline.create_pipeline import Places, create_pipeline
-from trainer_module.driver import prepare_devices
 from trainer_module.errors import UserError
 from trainer_module.input import check_batch
+from trainer_module.strategy import prepare_devices
 
 # Newer Beam would otherwise choose Prism, which downloads a binary; and in memory it is several times faster than with
 # worker processes, each of which imports TensorFlow anew.

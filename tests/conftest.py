@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from trainer_module.driver import prepare_devices
+from trainer_module.strategy import prepare_devices
 
 REPLICAS = 4
 

@@ -4,7 +4,6 @@ The step itself is pure (trainer_module.moco); here its state lives in variables
 replicas compute the same new state from the same sums, so they assign it locally, with no further traffic.
 """
 
-import collections
 import dataclasses
 import json
 import math
@@ -14,61 +13,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import keras
-import numpy as np
 import tensorflow as tf
 
-from trainer_module import progress
 from trainer_module.config import Schedule, TrainConfig
-from trainer_module.errors import UserError
 from trainer_module.moco import Metrics, MoCo, State, initial_state
 from trainer_module.replica import current_replica
+from trainer_module.watch import Result, Watch
 
 RESULT_FILE = "result.json"
-
-
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """What training did.
-
-    Attributes:
-        steps: steps in all, over all starts.
-        resumed_from: step of the checkpoint that this start continued, 0 for none.
-        images_per_second: query images per second of the last start that trained, without the compilation.
-        final_loss, pretext_top1, alignment: averages over the last epoch's steps of that start.
-    """
-
-    steps: int
-    resumed_from: int
-    images_per_second: float
-    final_loss: float
-    pretext_top1: float
-    alignment: float
-
-
-def make_strategy(replicas: int) -> tf.distribute.Strategy:
-    """A strategy over R replicas on this machine's CPU, as logical devices.
-
-    Raises:
-        RuntimeError: TensorFlow has already started with fewer logical devices, see `prepare_devices`.
-    """
-    prepare_devices(replicas)
-    if replicas == 1:
-        return tf.distribute.get_strategy()
-    return tf.distribute.MirroredStrategy(
-        [f"CPU:{i}" for i in range(replicas)], cross_device_ops=tf.distribute.ReductionToOneDevice()
-    )
-
-
-def prepare_devices(replicas: int) -> None:
-    """Splits the CPU into R logical devices; has to run before TensorFlow's first operation.
-
-    Raises:
-        RuntimeError: TensorFlow has already started with fewer logical devices.
-    """
-    cpu = tf.config.list_physical_devices("CPU")[0]
-    present = tf.config.get_logical_device_configuration(cpu) or []
-    if len(present) < replicas and replicas > 1:
-        tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * replicas)
 
 
 def learning_rate(config: TrainConfig, steps_per_epoch: int) -> Callable[[tf.Tensor], tf.Tensor]:
@@ -177,7 +129,7 @@ def train(
     start = driver.step
     if start == total:
         return _read_result(checkpoint_dir)
-    watch = _Watch(start, total, steps_per_epoch, config, Path(log_dir))
+    watch = Watch(start, total, steps_per_epoch, config, Path(log_dir))
     batches = iter(strategy.experimental_distribute_dataset(dataset_from(start)))
     step = driver.compiled_step()
     saved = time.monotonic()
@@ -205,55 +157,3 @@ def _read_result(checkpoint_dir: str) -> Result:
     with tf.io.gfile.GFile(posixpath.join(checkpoint_dir, RESULT_FILE)) as file:
         result = Result(**json.load(file))
     return dataclasses.replace(result, resumed_from=result.steps)
-
-
-class _Watch:
-    """Collects metrics, reports progress, writes TensorBoard points, stops a run that has diverged."""
-
-    def __init__(self, start: int, total: int, steps_per_epoch: int, config: TrainConfig, log_dir: Path) -> None:
-        self._start, self._total = start, total
-        self._config, self._log_dir = config, log_dir
-        self._recent: collections.deque[Metrics] = collections.deque(maxlen=steps_per_epoch)
-        self._clock_started_at = start
-        self._clock = self._reported = time.monotonic()
-        self._rate = 0.0
-        self._writer = tf.summary.create_file_writer(str(log_dir / "train"))
-
-    def see(self, done: int, metrics: Metrics) -> None:
-        self._recent.append(metrics)
-        if done == self._start + 1:
-            float(metrics.loss)  # waits for the first step, which compiles
-            self._clock, self._clock_started_at = time.monotonic(), done
-        now = time.monotonic()
-        if done % self._config.log_steps == 0 or done == self._total:
-            self.check_finite(done, metrics)
-            self._log(done, metrics)
-        if now - self._reported > 0.5 or done in (self._start + 1, self._total):
-            self._report(done, metrics, now)
-
-    def check_finite(self, done: int, metrics: Metrics) -> None:
-        if not np.isfinite(float(metrics.loss)):
-            raise UserError(
-                f"training diverged: the loss at step {done} is {float(metrics.loss)}; "
-                f"lower train.learning_rate (now {self._config.learning_rate:g})"
-            )
-
-    def _log(self, done: int, metrics: Metrics) -> None:
-        with self._writer.as_default(step=done):
-            for name, value in metrics._asdict().items():
-                tf.summary.scalar(name, value)
-
-    def _report(self, done: int, metrics: Metrics, now: float) -> None:
-        self._reported = now
-        figures = {"loss": float(metrics.loss)}
-        steps = done - self._clock_started_at
-        if steps > 0:
-            self._rate = figures["images/s"] = steps * self._config.global_batch / (time.monotonic() - self._clock)
-        progress.report("train", done, self._total, "steps", **figures)
-
-    def result(self) -> Result:
-        self._writer.close()
-        loss, top1, alignment = (
-            float(np.mean([float(v) for v in values])) for values in zip(*self._recent, strict=True)
-        )
-        return Result(self._total, self._start, self._rate, loss, top1, alignment)

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator
 
 import keras
 import numpy as np
-import tensorflow as tf
 
+from trainer_module.batch_norm import FusedBatchNormalization
 from trainer_module.config import EncoderConfig, Head, Precision, Stem
 
 BLOCKS = {"resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3), "resnet50": (3, 4, 6, 3), "resnet101": (3, 4, 23, 3)}
@@ -32,60 +32,13 @@ class Encoder:
     backbone: keras.Model
 
 
-class FusedBatchNormalization(keras.layers.Layer):
-    """Batch normalisation over the local batch as one fused op, forward and backward.
-
-    Keras's own layer computes mean, variance and the affine map in separate passes; the fused op reads the activations
-    once. As in PyTorch the running variance takes the unbiased batch variance.
-    """
-
-    def __init__(self, momentum: float = 0.9, epsilon: float = 1e-5, **kwargs: object) -> None:
-        super().__init__(**kwargs)
-        self.momentum, self.epsilon = momentum, epsilon
-
-    def build(self, input_shape: tuple[int | None, ...]) -> None:
-        """Makes gamma, beta, moving mean and moving variance, float32[C]."""
-        channels = input_shape[-1]
-
-        def weight(name: str, initializer: str, trainable: bool) -> keras.Variable:
-            # No autocast: the statistics must not pass through bfloat16.
-            return self.add_weight(
-                name=name,
-                shape=(channels,),
-                initializer=initializer,
-                dtype="float32",
-                trainable=trainable,
-                autocast=False,
-            )
-
-        self.gamma, self.beta = weight("gamma", "ones", True), weight("beta", "zeros", True)
-        self.moving_mean = weight("moving_mean", "zeros", False)
-        self.moving_variance = weight("moving_variance", "ones", False)
-
-    def call(self, x: tf.Tensor, training: bool = False) -> tf.Tensor:
-        """x: [N, H, W, C] -> the same shape; in training the running statistics move towards the batch's."""
-        moving_mean, moving_variance = (tf.convert_to_tensor(v) for v in (self.moving_mean, self.moving_variance))
-        nothing = tf.zeros([0])
-        y, mean, variance, *_ = tf.raw_ops.FusedBatchNormV3(
-            x=x,
-            scale=tf.convert_to_tensor(self.gamma),
-            offset=tf.convert_to_tensor(self.beta),
-            mean=nothing if training else moving_mean,
-            variance=nothing if training else moving_variance,
-            epsilon=self.epsilon,
-            is_training=training,
-        )
-        if training:
-            self.moving_mean.assign(self.momentum * moving_mean + (1 - self.momentum) * mean)
-            self.moving_variance.assign(self.momentum * moving_variance + (1 - self.momentum) * variance)
-        return y
-
-    def compute_output_shape(self, input_shape: tuple[int | None, ...]) -> tuple[int | None, ...]:
-        """The shape is kept."""
-        return input_shape
-
-
-def build_encoder(config: EncoderConfig, size: int, precision: Precision, seed: int) -> Encoder:
+def build_encoder(
+    config: EncoderConfig,
+    size: int,
+    precision: Precision,
+    seed: int,
+    batch_norm: Callable[..., keras.Layer] = FusedBatchNormalization,
+) -> Encoder:
     """Builds the architecture with its initial weights.
 
     Args:
@@ -93,11 +46,12 @@ def build_encoder(config: EncoderConfig, size: int, precision: Precision, seed: 
         size: side of the input image in pixels.
         precision: type of the activations.
         seed: of the initial weights; the same seed gives the same weights.
+        batch_norm: makes a batch normalisation layer, given `name` and `dtype`.
 
     Returns:
         The encoder; its input is float32[N, size, size, 3], normalised, its outputs are float32.
     """
-    layers = _Layers("mixed_bfloat16" if precision is Precision.bfloat16 else "float32", seed)
+    layers = _Layers("mixed_bfloat16" if precision is Precision.bfloat16 else "float32", seed, batch_norm)
     image = keras.Input((size, size, 3), name="image")
     features = _resnet(layers, image, config)
     features = keras.layers.GlobalAveragePooling2D(name="avgpool", dtype="float32")(features)
@@ -110,8 +64,8 @@ def build_encoder(config: EncoderConfig, size: int, precision: Precision, seed: 
 class _Layers:
     """Makes layers of one precision, each with its own seed."""
 
-    def __init__(self, dtype: str, seed: int) -> None:
-        self.dtype = dtype
+    def __init__(self, dtype: str, seed: int, batch_norm: Callable[..., keras.Layer]) -> None:
+        self.dtype, self.batch_norm = dtype, batch_norm
         self.seeds: Iterator[int] = (
             int(np.random.SeedSequence((seed, i)).generate_state(1)[0] >> 1) for i in itertools.count()
         )
@@ -134,7 +88,7 @@ class _Layers:
         )(x)
 
     def norm(self, x: keras.KerasTensor, name: str) -> keras.KerasTensor:
-        return FusedBatchNormalization(name=name, dtype=self.dtype)(x)
+        return self.batch_norm(name=name, dtype=self.dtype)(x)
 
     def relu(self, x: keras.KerasTensor, name: str) -> keras.KerasTensor:
         return keras.layers.ReLU(name=name, dtype=self.dtype)(x)

@@ -43,13 +43,21 @@ class Metrics(NamedTuple):
 
     Attributes:
         loss: InfoNCE.
-        pretext_top1: share of queries whose positive has the largest logit.
+        pretext_top1, pretext_top5: share of queries whose positive has one of the largest logits.
+        positive_similarity, negative_similarity: mean cosine of queries with their positives and with the queue.
         alignment: mean squared distance of query and positive key (Wang and Isola, 2020).
+        embedding_std: of each dimension of the queries, averaged; 1 / sqrt(C) where they spread evenly, 0 collapsed.
+        learning_rate: of this step.
     """
 
     loss: tf.Tensor
     pretext_top1: tf.Tensor
+    pretext_top5: tf.Tensor
+    positive_similarity: tf.Tensor
+    negative_similarity: tf.Tensor
     alignment: tf.Tensor
+    embedding_std: tf.Tensor
+    learning_rate: tf.Tensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,8 +133,26 @@ class MoCo:
             queue=queue,
             pointer=(state.pointer + size) % capacity,
         )
-        top1 = tf.reduce_mean(tf.cast(logits[:, 0] >= tf.reduce_max(logits, axis=1), tf.float32))
-        return new, mean(replica, Metrics(loss, top1, tf.reduce_mean(2 - 2 * l_pos)))
+        return new, _measure(loss, q, l_pos, l_neg, rate, replica)
+
+
+def _measure(
+    loss: tf.Tensor, q: tf.Tensor, l_pos: tf.Tensor, l_neg: tf.Tensor, rate: tf.Tensor, replica: Replica
+) -> Metrics:
+    better = tf.reduce_sum(tf.cast(l_neg > l_pos, tf.int32), axis=1)  # negatives ahead of the positive, N
+    top1, top5 = (tf.reduce_mean(tf.cast(better < k, tf.float32)) for k in (1, 5))
+    local = (
+        loss,
+        top1,
+        top5,
+        tf.reduce_mean(l_pos),
+        tf.reduce_mean(l_neg),
+        tf.reduce_mean(q, 0),
+        tf.reduce_mean(q**2, 0),
+    )
+    loss, top1, top5, positive, negative, first, second = mean(replica, local)
+    std = tf.reduce_mean(tf.sqrt(tf.maximum(second - first**2, 0.0)))
+    return Metrics(loss, top1, top5, positive, negative, 2 - 2 * positive, std, rate)
 
 
 def initial_state(model: keras.Model, queue_size: int, seed: int) -> State:

@@ -11,13 +11,15 @@ import tensorflow_transform as tft
 
 from trainer_module import config_json
 from trainer_module.config import AugmentConfig, EncoderConfig, ImageConfig, TrainConfig
-from trainer_module.driver import Driver, Result, learning_rate, make_strategy, train
+from trainer_module.driver import Driver, learning_rate, train
 from trainer_module.encoder import build_encoder
 from trainer_module.export import ENCODED, EncoderModule, EvaluationModule, save_encoder, save_evaluation
 from trainer_module.images import eval_resize
 from trainer_module.input import dataset_from, open_source, steps_per_epoch
 from trainer_module.moco import MoCo
 from trainer_module.shuffle import key_encoding
+from trainer_module.strategy import make_strategy
+from trainer_module.watch import Result
 
 TRAINING_FILE = "training.json"
 

@@ -3,7 +3,7 @@
 import keras
 import pytest
 
-from trainer_module.encoder import FusedBatchNormalization
+from trainer_module.batch_norm import FusedBatchNormalization
 
 
 @pytest.fixture(scope="session")

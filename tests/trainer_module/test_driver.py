@@ -7,10 +7,11 @@ import pytest
 import tensorflow as tf
 
 from trainer_module.config import KeyBnMode, TrainConfig
-from trainer_module.driver import Driver, make_strategy, train
+from trainer_module.driver import Driver, train
 from trainer_module.errors import UserError
 from trainer_module.moco import MoCo
 from trainer_module.shuffle import key_encoding
+from trainer_module.strategy import make_strategy
 
 SIDE, BATCH, STEPS = 8, 16, 4
 

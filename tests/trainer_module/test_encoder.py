@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from trainer_module.batch_norm import FusedBatchNormalization
 from trainer_module.config import EncoderConfig, Head, Precision, Stem
-from trainer_module.encoder import FusedBatchNormalization, build_encoder
+from trainer_module.encoder import build_encoder
 
 # Trainable parameters of torchvision's models without their last layer.
 TORCHVISION_PARAMETERS = {"resnet18": 11_176_512, "resnet34": 21_284_672, "resnet50": 23_508_032}

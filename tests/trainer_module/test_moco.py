@@ -7,10 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trainer_module.config import KeyBnMode, Schedule, TrainConfig
-from trainer_module.driver import Driver, learning_rate, make_strategy
+from trainer_module.driver import Driver, learning_rate
 from trainer_module.moco import MoCo, initial_state
 from trainer_module.replica import ContextReplica, SingleReplica, gather, own_rows
 from trainer_module.shuffle import key_encoding, permutation
+from trainer_module.strategy import make_strategy
 
 BATCH, SIDE, QUEUE, M, T, LR, DECAY, SEED = 8, 16, 20, 0.9, 0.2, 0.1, 1e-2, 7
 
