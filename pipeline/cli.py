@@ -258,6 +258,7 @@ def _pipeline(
     images: str, workdir: str, preset_or_file: str, overrides: Sequence[str], *, require_blessing: bool, verbose: bool
 ) -> int:
     from pipeline import config, console
+    from pipeline.workdir import opened
 
     settings = config.load(preset_or_file, overrides)
     workdir = os.path.expanduser(workdir)
@@ -267,13 +268,13 @@ def _pipeline(
     from components.image_example_gen import sources
 
     sources.check(images)
-    Path(workdir).mkdir(parents=True, exist_ok=True)
-    from pipeline import local
+    with opened(workdir) as home:
+        from pipeline import local
 
-    # A polite kill (docker stop, timeout) ends a run as Ctrl-C does: said in one line, and to be continued.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with console.progress_shown():
-        return local.run(settings, images, workdir, require_blessing=require_blessing)
+        # A polite kill (docker stop, timeout) ends a run as Ctrl-C does: said in one line, and to be continued.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        with console.progress_shown():
+            return local.run(settings, images, home, require_blessing=require_blessing)
 
 
 def _embed(options: argparse.Namespace) -> int:

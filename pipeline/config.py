@@ -272,7 +272,8 @@ def _read(path: Path) -> dict[Any, Any]:
         reason = error.strerror or "holds no keys; expected lines such as 'train:' and '  epochs: 100'"
         raise UserError(f"{path}: {reason}") from error
     except OmegaConfBaseException as error:
-        raise UserError(f"{path}: {_first_line(error)}") from error
+        # OmegaConf says so of keys such as null, which no section can have.
+        raise UserError(f"{path}: {_first_line(error)}; a key must be the name of a setting") from error
     if not OmegaConf.is_dict(loaded):
         raise UserError(f"{path}: holds a list; expected keys such as 'train:' with '  epochs: 100' below")
     return typing.cast(dict[Any, Any], OmegaConf.to_container(loaded, resolve=False))
@@ -380,7 +381,8 @@ def _build(settings: Sequence[_Setting]) -> Config:
     try:
         return typing.cast(Config, OmegaConf.to_object(tree))
     except OmegaConfBaseException as error:
-        raise UserError(f"{getattr(error, 'full_key', None) or 'configuration'}: {_first_line(error)}") from error
+        key = getattr(error, "full_key", None) or "configuration"
+        raise UserError(f"{key}: {_first_line(error)}; name a setting in ${{…}}, or write the value") from error
 
 
 def _put(tree: Any, setting: _Setting) -> None:
@@ -396,8 +398,19 @@ def _put(tree: Any, setting: _Setting) -> None:
     value = setting.value
     if leaf.hint is int and isinstance(value, float) and value.is_integer():
         value = int(value)  # 1e3 is a number of epochs, too
+    if isinstance(value, dict):
+        below = ", ".join(f"{setting.key}.{name}" for name in value)
+        raise UserError(
+            f"{setting.place}{below}: {setting.key} is no section but one value; "
+            f"e.g. {setting.key}={_show(leaf.default)}"
+        )
+    # Resolvers such as ${oc.env:X} would make a configuration mean something else in another environment.
+    if isinstance(value, str) and re.search(r"\$\{[^}]*:", value):
+        raise UserError(
+            f"{setting.place}{setting.key}={_show(value)}: only ${{other.key}} is followed; write the value"
+        )
     # OmegaConf takes "???" for a value to come, and keeps the old one without a word.
-    if value == "???" or isinstance(value, dict):
+    if value == "???":
         raise UserError(setting.place + _wrong_type(setting.key, value, leaf))
     try:
         OmegaConf.update(tree, setting.key, value, merge=False)

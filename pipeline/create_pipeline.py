@@ -66,18 +66,20 @@ def create_pipeline(
     validator = tfx.components.ExampleValidator(statistics=statistics_gen.outputs["statistics"], schema=schema).with_id(
         "ExampleValidator"
     )
+    # How an image is embedded has no part in how it is stored, so it must not remake what is stored.
+    storage = dataclasses.replace(config.image, eval_resize=0)
     transform = tfx.components.Transform(
         examples=examples,
         schema=schema,
         preprocessing_fn=f"{preprocessing.__name__}.preprocessing_fn",
-        custom_config=preprocessing.make_custom_config(config.image, fingerprint.of(preprocessing.__name__)),
+        custom_config=preprocessing.make_custom_config(storage, fingerprint.of(preprocessing.__name__)),
         splits_config=tfx.proto.SplitsConfig(analyze=["train"], transform=["train", "eval"]),
         materialize=False,
         disable_statistics=True,
     ).with_id("Transform")
     augmenter = ViewAugmenter(
         examples=examples,
-        image=config.image,
+        image=storage,
         augment=config.augment,
         seed=config.seed,
         code=fingerprint.of("components.view_augmenter.component"),

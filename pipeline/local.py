@@ -4,13 +4,11 @@ A working directory holds everything: artifacts, metadata, checkpoints, publishe
 result.json. The same command continues a killed run and takes from the cache what did not change.
 """
 
-import contextlib
 import datetime
-import fcntl
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +23,6 @@ from tfx.proto.orchestration import pipeline_pb2
 from pipeline import console, report
 from pipeline.config import Config, to_yaml
 from pipeline.create_pipeline import Places, create_pipeline
-from trainer_module.errors import UserError
 from trainer_module.input import check_batch
 from trainer_module.strategy import prepare_devices
 
@@ -40,24 +37,22 @@ _RUN_ID = "pipeline-run-id"
 _EXECUTION = metadata_store_pb2.Execution
 
 
-def run(config: Config, images: str, workdir: str, *, require_blessing: bool = False) -> int:
+def run(config: Config, images: str, home: Path, *, require_blessing: bool = False) -> int:
     """Runs the pipeline and reports.
 
     Args:
         config: validated.
         images: folder, file or glob.
-        workdir: made if missing.
+        home: working directory, which the caller keeps other runs out of, see pipeline.workdir.
         require_blessing: whether a model that is not blessed makes the exit code 1.
 
     Returns:
         The exit code.
 
     Raises:
-        UserError: the input is wrong, or another run uses the working directory.
+        UserError: the input is wrong.
     """
-    home = Path(workdir).absolute()
-    home.mkdir(parents=True, exist_ok=True)
-    with _locked(home), console.logged_to(home / "log.txt"), console.native_stderr_to(home / "log.txt"):
+    with console.logged_to(home / "log.txt"), console.native_stderr_to(home / "log.txt"):
         return _run(config, images, home, require_blessing)
 
 
@@ -166,16 +161,6 @@ def _clear_dead_executions(connection: metadata_store_pb2.ConnectionConfig, root
                 shutil.rmtree(folder, ignore_errors=True)
         if dead:
             handle.store.put_executions(dead)
-
-
-@contextlib.contextmanager
-def _locked(home: Path) -> Iterator[None]:
-    with (home / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another run uses {home}; wait for it, or give another --workdir") from None
-        yield
 
 
 def _write(path: Path, text: str) -> None:

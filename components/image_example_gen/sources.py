@@ -27,6 +27,7 @@ import zlib
 from collections.abc import Iterable, Iterator
 from typing import Any, BinaryIO, NamedTuple
 
+from components.image_example_gen import buckets
 from components.image_example_gen.codec import looks_like_image
 from components.image_example_gen.config import IngestConfig, Labels
 from trainer_module.errors import UserError
@@ -185,6 +186,8 @@ def check(src: str) -> None:
     if not src.strip():
         raise UserError("--images is empty: name a folder, a glob, tar or TFRecord files, or gs:// of these")
     src = _SPAN_SPEC.sub("*", src)
+    if src.startswith("gs://"):
+        buckets.check(src)
     files = _list_any(src)
     if not any(kind_of(file.relative) is not Kind.other or _sniff(file) for file in files):
         raise no_images(src)
@@ -278,22 +281,19 @@ class Reader:
         Raises:
             OSError: the file cannot be read, or has become shorter.
         """
-        with self._open(ref.file) as stream:
-            stream.seek(ref.offset)
-            data = stream.read(ref.size)
+        data = self._range(ref)
         if len(data) != ref.size:
             raise OSError(f"only {len(data)} of {ref.size} bytes are left")
         return data
 
-    def _open(self, path: str) -> BinaryIO:
-        """Opens a file for one read somewhere within."""
-        if not path.startswith("gs://"):
-            return open_file(path)
-        from apache_beam.io.gcp.gcsio import GcsIO
-
-        # Beam's default reads 16 MiB ahead, for an image of a few KiB within a shard.
-        self._gcs = self._gcs or GcsIO()
-        return self._gcs.open(path, "rb", read_buffer_size=1 << 16)
+    def _range(self, ref: Ref) -> bytes:
+        if ref.file.startswith("gs://"):
+            # Beam would read 16 MiB ahead, for an image of a few KiB within a shard.
+            self._gcs = self._gcs or buckets.client()
+            return buckets.read(self._gcs, ref.file, ref.offset, ref.size)
+        with open_file(ref.file) as stream:
+            stream.seek(ref.offset)
+            return stream.read(ref.size)
 
 
 def open_file(path: str) -> BinaryIO:

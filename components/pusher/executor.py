@@ -1,6 +1,7 @@
 """Publishes a blessed model as a whole or not at all."""
 
 import errno
+import hashlib
 import json
 import os
 import re
@@ -25,6 +26,7 @@ CARD_FILE = "assets.extra/model_card.json"
 
 _ENCODER_FILE = "assets.extra/encoder.json"  # facts that the exporter left with the model
 _SAVED_MODEL = "saved_model.pb"
+_DIGEST = "model_sha256"  # key of the card
 _TEMPORARY = ".pushing-"
 _STALE_SECONDS = 24 * 3600.0
 
@@ -36,8 +38,9 @@ class Executor(executor.Executor):
     leaves half-written, and takes a version that exists already for pushed. This one copies into a hidden folder beside
     the versions and renames it, which is one step on a file system. Object stores have no rename of folders; there
     saved_model.pb, for which TensorFlow Serving waits, is copied last. The new version is the time in seconds, or
-    the number after the highest version if that is not lower, so it is always the one that is served. Properties of
-    the pushed model artifact are the stock executor's.
+    the number after the highest version if that is not lower, so it is always the one that is served. A model that
+    is the newest version already, for instance because a run was killed after the rename, is not published twice.
+    Properties of the pushed model artifact are the stock executor's.
     """
 
     def Do(  # noqa: N802
@@ -59,8 +62,7 @@ class Executor(executor.Executor):
         model_path = self.GetModelPath(input_dict)
         # The archive comes first: once the model can be served nothing is left that could fail.
         io_utils.copy_dir(model_path, pushed_model.uri)
-        if card := _card(exec_properties):
-            _write_card(card, pushed_model.uri)
+        _write_card(_card(exec_properties) | {_DIGEST: _digest(model_path)}, pushed_model.uri)
         destination = push(pushed_model.uri, _base_directory(exec_properties))
         self._MarkPushed(pushed_model, pushed_destination=destination, pushed_version=os.path.basename(destination))
 
@@ -83,8 +85,10 @@ def _write_card(card: dict[str, Any], model_path: str) -> None:
 def push(model_path: str, base_directory: str) -> str:
     """Copies a model to a new version below a directory, in TensorFlow Serving's layout.
 
+    Does nothing if the newest version is this very model, as its card says.
+
     Args:
-        model_path: of a SavedModel.
+        model_path: of a SavedModel with a card.
         base_directory: a local path or one of any file system that TFX knows, such as gs://; made if missing.
 
     Returns:
@@ -95,6 +99,8 @@ def push(model_path: str, base_directory: str) -> str:
     """
     base_directory = base_directory.rstrip("/") or "/"
     try:
+        if published := _newest_if_same(model_path, base_directory):
+            return published
         if "://" in base_directory:
             return _push_remote(model_path, base_directory)
         return _push_local(model_path, base_directory)
@@ -148,8 +154,42 @@ def _push_remote(model_path: str, base_directory: str) -> str:
 
 
 def _next_version(base_directory: str) -> int:
+    return max(int(time.time()), 1 + max(_versions(base_directory), default=0))
+
+
+def _versions(base_directory: str) -> list[int]:
     names = (str(name).rstrip("/") for name in fileio.listdir(base_directory))
-    return max(int(time.time()), 1 + max((int(name) for name in names if name.isdecimal()), default=0))
+    return [int(name) for name in names if name.isdecimal()]
+
+
+def _newest_if_same(model_path: str, base_directory: str) -> str | None:
+    """The newest version, if it is whole and its card names the same content."""
+    if not fileio.isdir(base_directory) or not (versions := _versions(base_directory)):
+        return None
+    newest = f"{base_directory}/{max(versions)}"
+    whole = fileio.exists(f"{newest}/{_SAVED_MODEL}")
+    return newest if whole and _read_digest(model_path) == _read_digest(newest) is not None else None
+
+
+def _read_digest(model_path: str) -> str | None:
+    card = f"{model_path}/{CARD_FILE}"
+    if not fileio.exists(card):
+        return None
+    with fileio.open(card, "r") as file:
+        return json.loads(file.read()).get(_DIGEST)
+
+
+def _digest(model_path: str) -> str:
+    """SHA-256 over the names and contents of a model's files."""
+    digest = hashlib.sha256()
+    for folder, folders, files in fileio.walk(model_path):
+        folders.sort()
+        for name in sorted(files):
+            path = os.path.join(folder, name)
+            with fileio.open(path, "rb") as file:
+                content = hashlib.sha256(file.read()).hexdigest()
+            digest.update(f"{os.path.relpath(path, model_path)}\0{content}\n".encode())
+    return digest.hexdigest()
 
 
 def _remove_stale(base_directory: str) -> None:

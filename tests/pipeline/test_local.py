@@ -19,6 +19,7 @@ from tfx.orchestration import metadata
 
 from components.pusher.executor import CARD_FILE
 from pipeline import cli, config, local
+from pipeline.workdir import opened
 from trainer_module.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -107,7 +108,7 @@ def first(killed, images, workdir):
     """The same run, continued to its end."""
     assert killed
     dead = running(workdir)
-    assert local.run(settings(), str(images), str(workdir)) == 0
+    assert local.run(settings(), str(images), workdir) == 0
     return dead
 
 
@@ -212,7 +213,7 @@ assert not {"tfx", "apache_beam", "tensorflow_transform", "pipeline", "component
 
 def test_a_second_run_takes_everything_from_the_cache_and_says_so(first, images, workdir, capsys):
     before = result_of(workdir)
-    assert local.run(settings(), str(images), str(workdir)) == 0
+    assert local.run(settings(), str(images), workdir) == 0
     result = result_of(workdir)
     assert set(result["cached"]) == COMPONENTS
     assert result["pushed_model"] == before["pushed_model"]
@@ -224,7 +225,7 @@ def test_a_second_run_takes_everything_from_the_cache_and_says_so(first, images,
 
 def test_another_training_setting_reads_no_image_again_and_is_compared_with_the_last_blessed(first, images, workdir):
     changed = settings("train.epochs=3", "evaluate.tolerance=1.0")
-    assert local.run(changed, str(images), str(workdir)) == 0
+    assert local.run(changed, str(images), workdir) == 0
     result = result_of(workdir)
     assert set(result["cached"]) == UPSTREAM
     blessings = store_of(workdir).get_artifacts_by_type("ModelBlessing")
@@ -238,8 +239,8 @@ def test_a_worse_model_than_the_last_blessed_is_not_pushed_and_fails_only_where_
     # One more than the largest gain there is: no model can pass.
     strict = settings("train.epochs=1", "evaluate.min_gain=1.0")
     versions = sorted((workdir / "serving" / "encoder").iterdir())
-    assert local.run(strict, str(images), str(workdir)) == 0
-    assert local.run(strict, str(images), str(workdir), require_blessing=True) == 1
+    assert local.run(strict, str(images), workdir) == 0
+    assert local.run(strict, str(images), workdir, require_blessing=True) == 1
     result = result_of(workdir)
     assert (result["status"], result["blessed"], result["pushed_model"]) == ("not_blessed", False, None)
     assert sorted((workdir / "serving" / "encoder").iterdir()) == versions
@@ -251,7 +252,7 @@ def test_unlabelled_images_run_to_the_end_with_label_metrics_null(sample_images,
     for i, data in enumerate(sample_images["tools"][:60]):
         (folder / f"{i}.png").write_bytes(data)
     workdir = tmp_path / "work"
-    assert local.run(settings("train.epochs=1"), str(folder), str(workdir)) == 0
+    assert local.run(settings("train.epochs=1"), str(folder), workdir) == 0
     metrics = result_of(workdir)["metrics"]
     labelled = ("knn_top1", "linear_top1", "random_init_knn_top1", "pixel_knn_top1")
     assert [metrics[name] for name in labelled] == [None] * 4
@@ -271,14 +272,15 @@ def test_three_images_end_in_one_line_with_exit_code_2(sample_images, tmp_path, 
     assert result_of(tmp_path / "w")["status"] == "failed"
 
 
-def test_a_second_run_on_a_working_directory_in_use_is_refused(tmp_path):
-    with local._locked(tmp_path), pytest.raises(UserError, match="another run uses"):
-        local.run(settings(), "nothing", str(tmp_path))
+def test_a_second_run_on_a_working_directory_in_use_is_refused(images, tmp_path, capsys):
+    with opened(str(tmp_path / "w")):
+        assert cli.main(["run", "--images", str(images), "--workdir", str(tmp_path / "w"), "--config", "demo"]) == 2
+    assert "another run uses" in capsys.readouterr().err
 
 
 def test_too_few_images_for_a_batch_are_refused_before_anything_is_made_of_them(images, tmp_path):
     with pytest.raises(UserError, match=r"fewer than train.global_batch=512"):
-        local.run(settings("train.global_batch=512", "train.queue=512"), str(images), str(tmp_path))
+        local.run(settings("train.global_batch=512", "train.queue=512"), str(images), tmp_path)
     assert not (tmp_path / "artifacts" / "ViewAugmenter").exists()
     result = result_of(tmp_path)
     assert (result["status"], result["images"]["read"], result["metrics"]["knn_top1"]) == ("failed", 162, None)

@@ -144,6 +144,18 @@ def test_every_image_lands_once_with_all_its_features(mixed: tuple) -> None:
         assert {row["image/split"] for row in read_split(uri, split)} == {split.encode()}
 
 
+def test_a_bucket_is_ingested_into_the_same_bytes_as_the_same_folder_on_disk(
+    upload: Any, tmp_path: pathlib.Path
+) -> None:
+    files = {f"set/{name}": data for name, data in sample(40).items()} | {"set/food/broken.jpg": b"\xff\xd8 broken"}
+    write_all(tmp_path / "local", files)
+    upload(files)
+    ingest(tmp_path / "local" / "set", tmp_path / "from disk")
+    ingest("gs://pictures/set", tmp_path / "from bucket", ("--no_auth",))
+    assert content(tmp_path / "from bucket") == content(tmp_path / "from disk")
+    assert counts(tmp_path / "from bucket")["quarantined"] == 1
+
+
 def test_labels_come_from_folders_shards_and_records(mixed: tuple) -> None:
     pictures, uri, _ = mixed
     names = {hashlib.sha256(data).hexdigest(): name for name, data in pictures.items()}

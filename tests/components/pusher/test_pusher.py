@@ -1,6 +1,7 @@
 """The Pusher: whole versions or none, whatever is there already."""
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -72,10 +73,27 @@ def test_a_blessed_model_is_published_and_archived_with_the_stock_properties(pus
     pushed = run_executor(pusher, model, base, tmp_path, blessed=True)
     (version,) = os.listdir(base)
     assert before <= int(version) <= time.time()
-    assert tree(base / version) == tree(Path(pushed.uri)) == tree(model / "Format-Serving")
+    assert tree(base / version) == tree(Path(pushed.uri))
+    assert tree(base / version).items() >= tree(model / "Format-Serving").items()
+    assert set(tree(base / version)) - set(tree(model / "Format-Serving")) == {pusher.CARD_FILE}
     assert pushed.get_int_custom_property("pushed") == 1
     assert pushed.get_string_custom_property("pushed_destination") == str(base / version)
     assert pushed.get_string_custom_property("pushed_version") == version
+
+
+def test_a_model_that_is_the_newest_version_already_is_not_published_twice(pusher, model, tmp_path):
+    base = tmp_path / "serving"
+    first = run_executor(pusher, model, base, tmp_path / "1", blessed=True)
+    again = run_executor(pusher, model, base, tmp_path / "2", blessed=True)
+    destination = "pushed_destination"
+    assert again.get_string_custom_property(destination) == first.get_string_custom_property(destination)
+    assert len(os.listdir(base)) == 1
+    # Once another model is served, the same one is a new version: somebody goes back to it.
+    other = base / str(int(os.listdir(base)[0]) + 5)
+    shutil.copytree(base / os.listdir(base)[0], other)
+    (other / pusher.CARD_FILE).write_text("{}")
+    run_executor(pusher, model, base, tmp_path / "3", blessed=True)
+    assert len(os.listdir(base)) == 3
 
 
 def test_the_published_model_loads_and_answers(pusher, model, tmp_path):
