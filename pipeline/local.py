@@ -20,6 +20,7 @@ from tfx.orchestration.portable import launcher, runtime_parameter_utils
 from tfx.orchestration.portable.mlmd import execution_lib
 from tfx.proto.orchestration import pipeline_pb2
 
+from components.view_augmenter.executor import Job, check_space
 from pipeline import console, report
 from pipeline.config import Config, to_yaml
 from pipeline.create_pipeline import Places, create_pipeline
@@ -71,8 +72,7 @@ def _run(config: Config, images: str, home: Path, require_blessing: bool) -> int
         if text := report.describe(node):
             console.line(console.component_line(node.id, text, node.seconds, node.cached))
         if node.id == "ImageExampleGen":
-            # Known now, and not only after statistics and views have been made in vain.
-            check_batch(report.ingested(node)["train"], config.train.global_batch)
+            _check_sizes(config, report.ingested(node)["train"], places.root, stored=node.cached)
 
     began = time.monotonic()
     runner = _Runner(finished)
@@ -87,6 +87,13 @@ def _run(config: Config, images: str, home: Path, require_blessing: bool) -> int
     for line in report.summary(result, nodes, config, images, home):
         console.line(line)
     return 1 if require_blessing and not result["blessed"] else 0
+
+
+def _check_sizes(config: Config, train: int, root: str, *, stored: bool) -> None:
+    """Refuses, as soon as the images have been counted, what later stages would refuse after work in vain."""
+    check_batch(train, config.train.global_batch)
+    if not stored:  # views of images that were read by an earlier run may be there already
+        check_space(Job(f"{root}/ViewAugmenter", config.image, config.augment, config.seed, train))
 
 
 class _Runner(local_dag_runner.LocalDagRunner):

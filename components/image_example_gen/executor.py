@@ -12,7 +12,6 @@ import hashlib
 import json
 import math
 import os
-import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -28,6 +27,7 @@ from tfx.types import artifact_utils, standard_component_specs
 from tfx.utils import proto_utils
 from tfx.v1 import proto
 
+from components import disk
 from components.image_example_gen import codec, sources
 from components.image_example_gen.config import IngestConfig, from_json
 from components.image_example_gen.parameters import unpack_parameters
@@ -92,7 +92,11 @@ class Executor(base_beam_executor.BaseBeamExecutor):
         self._log_startup(input_dict, output_dict, exec_properties)
         examples = artifact_utils.get_single_instance(output_dict[standard_component_specs.EXAMPLES_KEY])
         job = make_job(exec_properties, examples.uri)
-        check_space(job, sources.survey(job.src))
+        found = sources.survey(job.src)
+        # As much as the source, and compressed archives once more while they are unpacked.
+        need = (found.size + found.packed) * _SPACE_MARGIN
+        mend = "free some space or choose another --workdir"
+        disk.check_space(job.uri, need, f"the images of {job.src}", mend)
         try:
             summary = self._ingest(job)
         except BaseException:
@@ -107,13 +111,8 @@ class Executor(base_beam_executor.BaseBeamExecutor):
         """Runs the pipeline, judges what came of it and publishes the two files beside the splits."""
         for folder in [f"{job.scratch}/unpacked", *(job.split_folder(name) for name, _ in job.splits)]:
             tf.io.gfile.makedirs(folder)
-        try:
-            with self._make_beam_pipeline() as pipeline:
-                build(pipeline, job)
-        except Exception as error:
-            if is_disk_full(error):
-                raise UserError(f"no space left while writing {job.uri}: free some and run again") from error
-            raise
+        with disk.fullness_told(job.uri), self._make_beam_pipeline() as pipeline:
+            build(pipeline, job)
         summary = _summary(job, _read_counts(f"{job.scratch}/counts.json"))
         judge(job, summary, f"{job.scratch}/{QUARANTINE_FILE}")
         tf.io.gfile.rename(f"{job.scratch}/{QUARANTINE_FILE}", f"{job.uri}/{QUARANTINE_FILE}", overwrite=True)
@@ -152,28 +151,6 @@ def split_of(sha: str, splits: Sequence[tuple[str, int]]) -> str:
 def shard_of(sha: str, shards: int) -> int:
     """The shard of an image within its split; other bits of the hash than split_of() rests on."""
     return int(sha[:15], 16) % shards
-
-
-def check_space(job: Job, survey: sources.Survey) -> None:
-    """Refuses to start where the disk cannot hold what will be written: about as much as the source, unpacked twice.
-
-    Raises:
-        UserError: names both figures.
-    """
-    if sources.is_remote(job.uri):
-        return
-    folder = job.uri
-    while not os.path.isdir(folder):
-        folder = os.path.dirname(folder) or "."
-    free, need = shutil.disk_usage(folder).free, (survey.size + survey.packed) * _SPACE_MARGIN
-    if free < need:
-        figures = f"{free / 1e9:.3f} GB are free in {folder} and the images of {job.src} need {need / 1e9:.3f} GB"
-        raise UserError(f"{figures}: free some space or choose another --workdir")
-
-
-def is_disk_full(error: BaseException) -> bool:
-    """Whether an error, perhaps wrapped by Beam, which keeps only its text, says that the disk is full."""
-    return "No space left on device" in str(error) or "Disk quota exceeded" in str(error)
 
 
 def judge(job: Job, summary: Mapping[str, Any], quarantine: str) -> None:
@@ -368,7 +345,7 @@ class Find(_ThreadedDoFn):
         try:
             trouble = sources.unpack(file, path)
         except OSError as error:
-            if is_disk_full(error):
+            if disk.is_full(error):
                 raise
             return file, str(error)
         return file._replace(path=path), trouble

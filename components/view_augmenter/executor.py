@@ -7,7 +7,6 @@ import dataclasses
 import functools
 import json
 import os
-import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
@@ -23,9 +22,9 @@ from tfx.dsl.components.base import base_beam_executor
 from tfx.proto import example_gen_pb2
 from tfx.types import artifact_utils
 
+from components import disk
 from trainer_module import config_json, progress
 from trainer_module.config import AugmentConfig, ImageConfig, Where
-from trainer_module.errors import UserError
 from trainer_module.images import stored_image
 from trainer_module.input import MANIFEST
 from trainer_module.views import view_pair
@@ -128,19 +127,14 @@ class Executor(base_beam_executor.BaseBeamExecutor):
         _describe_artifact(views, job, files)
 
     def _run(self, job: Job, shards: list[Shard]) -> None:
-        try:
-            with self._make_beam_pipeline() as pipeline:
-                _ = (
-                    pipeline
-                    | "Shards" >> beam.Create(shards)
-                    | "MakeViews" >> MakeViews(job)
-                    | "ListFiles" >> beam.combiners.ToList()
-                    | "WriteFileList" >> beam.Map(_write_file_list, job)
-                )
-        except Exception as error:
-            if "No space left on device" in str(error) or "Disk quota exceeded" in str(error):
-                raise UserError(f"no space left while writing {job.uri}: free some and run again") from error
-            raise
+        with disk.fullness_told(job.uri), self._make_beam_pipeline() as pipeline:
+            _ = (
+                pipeline
+                | "Shards" >> beam.Create(shards)
+                | "MakeViews" >> MakeViews(job)
+                | "ListFiles" >> beam.combiners.ToList()
+                | "WriteFileList" >> beam.Map(_write_file_list, job)
+            )
 
 
 class MakeViews(beam.PTransform):
@@ -385,22 +379,13 @@ def needed_bytes(job: Job) -> int:
 
 
 def check_space(job: Job) -> None:
-    """Refuses to start where the disk cannot hold what will be written. Buckets have no end.
+    """Refuses to start where the disk cannot hold what will be written.
 
     Raises:
         UserError: names both figures.
     """
-    if "://" in job.uri:
-        return
-    folder = job.uri
-    while not os.path.isdir(folder):
-        folder = os.path.dirname(folder) or "."
-    free, need = shutil.disk_usage(folder).free, needed_bytes(job)
-    if free < need:
-        raise UserError(
-            f"{free / 1e9:.1f} GB are free in {folder} and {job.pairs} pairs of views of {job.images} images need "
-            f"{need / 1e9:.1f} GB: lower augment.pairs_per_image, set augment.where=trainer, or use another --workdir"
-        )
+    mend = "lower augment.pairs_per_image, set augment.where=trainer, or use another --workdir"
+    disk.check_space(job.uri, needed_bytes(job), f"{job.pairs} pairs of views of {job.images} images", mend)
 
 
 def make_manifest(job: Job, files: list[OutputFile]) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from tfx.orchestration import metadata
 from tfx.types import standard_artifacts
 from tfx.utils import proto_utils
 
+from components import disk
 from components.image_example_gen import component, executor, sources
 from components.image_example_gen.component import ImageExampleGen
 from components.image_example_gen.config import IngestConfig, Labels
@@ -381,10 +382,10 @@ def test_a_full_disk_is_known_from_the_errors_that_it_raises() -> None:
         file.write(b"x")
     with pytest.raises(tf.errors.OpError, match="space") as of_tensorflow, tf.io.TFRecordWriter("/dev/full") as writer:
         writer.write(b"x" * (1 << 20))
-    assert executor.is_disk_full(of_python.value)
-    assert executor.is_disk_full(of_tensorflow.value)
-    assert executor.is_disk_full(RuntimeError(f"Beam's text of it: {of_python.value}"))
-    assert not executor.is_disk_full(OSError("something else"))
+    assert disk.is_full(of_python.value)
+    assert disk.is_full(of_tensorflow.value)
+    assert disk.is_full(RuntimeError(f"Beam's text of it: {of_python.value}"))
+    assert not disk.is_full(OSError("something else"))
 
 
 class Chain:
