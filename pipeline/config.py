@@ -28,6 +28,7 @@ from trainer_module.config import (
     AugmentConfig,
     EncoderConfig,
     ImageConfig,
+    KeyBnMode,
     RecipeOrder,
     Schedule,
     TrainConfig,
@@ -137,6 +138,8 @@ RANGES: Mapping[str, Range] = {
     "train.milestones": Range(1, 10**6),
     "train.sgd_momentum": _MOMENTUM,
     "train.weight_decay": Range(0, 1),
+    "train.key_bn.groups": Range(1, 65_536),
+    "train.key_bn.ring": Range(1, 65_536),
     "train.checkpoint_seconds": Range(0, 10**7),
     "train.log_steps": Range(1, 10**6),
     "evaluate.knn_k": Range(1, 10**6),
@@ -563,9 +566,27 @@ def _impossible_training(config: Config) -> Iterator[str]:
             f"train.queue={train.queue} is smaller than train.global_batch={train.global_batch}; "
             f"e.g. train.queue={train.global_batch}"
         )
+    yield from _impossible_key_bn(train)
     ordered = tuple(sorted(set(train.milestones)))
     if train.schedule is Schedule.step and train.milestones != ordered:
         yield f"train.milestones={_show(train.milestones)} must rise; e.g. train.milestones={_show(ordered)}"
+
+
+def _impossible_key_bn(train: TrainConfig) -> Iterator[str]:
+    mode, replicas, groups = train.key_bn.mode, train.replicas, train.key_bn.groups
+    batch = train.global_batch // replicas
+    if mode is KeyBnMode.all_to_all and batch % replicas:
+        near = max(1, round(train.global_batch / replicas**2)) * replicas**2
+        yield (
+            f"train.key_bn.mode=all_to_all sends equal shares to {replicas} replicas, which train.global_batch="
+            f"{train.global_batch} does not allow; e.g. train.global_batch={near}"
+        )
+    if mode is KeyBnMode.split and batch % groups:
+        near = max(divisor for divisor in range(1, groups + 1) if batch % divisor == 0)
+        yield (
+            f"train.key_bn.groups={groups} does not divide the {batch} images of a replica (train.global_batch="
+            f"{train.global_batch}, train.replicas={replicas}); e.g. train.key_bn.groups={near}"
+        )
 
 
 # Words.

@@ -1,17 +1,31 @@
-"""Batch normalisation for MoCo's encoders (Keras 3 layers)."""
+"""Batch normalisation for MoCo's encoders (Keras 3 layers).
+
+All have eps 1e-5 and momentum 0.9 in Keras's sense (0.1 in PyTorch's), the variables gamma, beta, moving_mean and
+moving_variance, float32[C], and as in PyTorch the running variance takes the unbiased variance of the batch. They
+differ in whose statistics normalise a batch in training.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import keras
 import tensorflow as tf
 
+from trainer_module.config import KeyBnConfig, KeyBnMode
+from trainer_module.replica import entered_replica, mean
+
+Moments = tuple[tf.Tensor, tf.Tensor]
+
 
 class FusedBatchNormalization(keras.layers.Layer):
-    """Batch normalisation over the local batch as one fused op, forward and backward.
+    """Normalises with the local batch's statistics, as one fused op, forward and backward.
 
     Keras's own layer computes mean, variance and the affine map in separate passes; the fused op reads the activations
-    once. As in PyTorch the running variance takes the unbiased batch variance.
+    once.
     """
 
-    def __init__(self, momentum: float = 0.9, epsilon: float = 1e-5, **kwargs: object) -> None:
+    def __init__(self, momentum: float = 0.9, epsilon: float = 1e-5, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.momentum, self.epsilon = momentum, epsilon
 
@@ -36,22 +50,122 @@ class FusedBatchNormalization(keras.layers.Layer):
 
     def call(self, x: tf.Tensor, training: bool = False) -> tf.Tensor:
         """x: [N, H, W, C] -> the same shape; in training the running statistics move towards the batch's."""
-        moving_mean, moving_variance = (tf.convert_to_tensor(v) for v in (self.moving_mean, self.moving_variance))
-        nothing = tf.zeros([0])
-        y, mean, variance, *_ = tf.raw_ops.FusedBatchNormV3(
+        if not training:
+            return self.normalize(x, self.running())
+        y, batch = self.normalize_by_itself(x)
+        self.move_towards(batch)
+        return y
+
+    def running(self) -> Moments:
+        """Mean and variance that are kept, float32[C]."""
+        return tf.convert_to_tensor(self.moving_mean), tf.convert_to_tensor(self.moving_variance)
+
+    def normalize(self, x: tf.Tensor, moments: Moments) -> tf.Tensor:
+        """Normalises with given statistics."""
+        return self._fused(x, *moments, training=False)[0]
+
+    def normalize_by_itself(self, x: tf.Tensor) -> tuple[tf.Tensor, Moments]:
+        """Normalises with the batch's own statistics and returns them; the variance is the unbiased one."""
+        y, batch_mean, variance = self._fused(x, tf.zeros([0]), tf.zeros([0]), training=True)
+        return y, (batch_mean, variance)
+
+    def move_towards(self, batch: Moments) -> None:
+        """Takes a batch's statistics into the running ones."""
+        for variable, old, new in zip((self.moving_mean, self.moving_variance), self.running(), batch, strict=True):
+            variable.assign(self.momentum * old + (1 - self.momentum) * new)
+
+    def _fused(
+        self, x: tf.Tensor, mean_: tf.Tensor, variance: tf.Tensor, *, training: bool
+    ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+        return tf.raw_ops.FusedBatchNormV3(
             x=x,
             scale=tf.convert_to_tensor(self.gamma),
             offset=tf.convert_to_tensor(self.beta),
-            mean=nothing if training else moving_mean,
-            variance=nothing if training else moving_variance,
+            mean=mean_,
+            variance=variance,
             epsilon=self.epsilon,
             is_training=training,
-        )
-        if training:
-            self.moving_mean.assign(self.momentum * moving_mean + (1 - self.momentum) * mean)
-            self.moving_variance.assign(self.momentum * moving_variance + (1 - self.momentum) * variance)
-        return y
+        )[:3]
 
     def compute_output_shape(self, input_shape: tuple[int | None, ...]) -> tuple[int | None, ...]:
         """The shape is kept."""
         return input_shape
+
+    def get_config(self) -> dict[str, Any]:
+        """What the constructor takes."""
+        return {**super().get_config(), "momentum": self.momentum, "epsilon": self.epsilon}
+
+
+class SplitBatchNormalization(FusedBatchNormalization):
+    """Normalises each of several groups of the local batch by itself, as that many devices would.
+
+    The running statistics are averaged over the groups.
+
+    Args:
+        groups: by which the batch must be divisible.
+    """
+
+    def __init__(self, groups: int, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.groups = groups
+
+    def normalize_by_itself(self, x: tf.Tensor) -> tuple[tf.Tensor, Moments]:
+        """See the base class."""
+        parts = [super(SplitBatchNormalization, self).normalize_by_itself(part) for part in tf.split(x, self.groups)]
+        means, variances = zip(*(moments for _, moments in parts), strict=True)
+        return tf.concat([y for y, _ in parts], 0), (tf.add_n(means) / self.groups, tf.add_n(variances) / self.groups)
+
+    def get_config(self) -> dict[str, Any]:
+        """What the constructor takes."""
+        return {**super().get_config(), "groups": self.groups}
+
+
+class SyncBatchNormalization(FusedBatchNormalization):
+    """Normalises with the statistics of the global batch, summed over the replicas of the step."""
+
+    def normalize_by_itself(self, x: tf.Tensor) -> tuple[tf.Tensor, Moments]:
+        """See the base class."""
+        replica, wide = entered_replica(), tf.cast(x, tf.float32)
+        first, second = mean(replica, [tf.reduce_mean(wide, [0, 1, 2]), tf.reduce_mean(wide**2, [0, 1, 2])])
+        variance = tf.maximum(second - first**2, 0.0)
+        scale = tf.convert_to_tensor(self.gamma) * tf.math.rsqrt(variance + self.epsilon)
+        y = tf.cast(wide * scale + (tf.convert_to_tensor(self.beta) - first * scale), x.dtype)
+        count = tf.cast(tf.size(x) // x.shape[-1] * replica.count, tf.float32)
+        return y, (first, variance * count / tf.maximum(count - 1, 1))
+
+
+class ShuffledBatchNorm(FusedBatchNormalization):
+    """Normalises with statistics that it is given and never, in training, with those of the batch at hand.
+
+    For a key encoder: a key's normalisation then tells nothing of the batch that holds its query, on one device and
+    with no traffic. The statistics are `bn_stats`, or else those in moving_mean and moving_variance; a training call
+    leaves the batch's own ones there for a KeyQueue to keep (trainer_module.keras_api). Called with training=False it
+    normalises likewise and leaves everything as it is.
+    """
+
+    def call(self, x: tf.Tensor, training: bool = False, bn_stats: Moments | None = None) -> tf.Tensor:
+        """x: [N, H, W, C], bn_stats: mean and variance, float32[C] each -> [N, H, W, C]."""
+        y = self.normalize(x, bn_stats or self.running())
+        if training:
+            _, (batch_mean, variance) = self.normalize_by_itself(x)
+            self.moving_mean.assign(batch_mean)
+            self.moving_variance.assign(variance)
+        return y
+
+
+class BatchNorms(NamedTuple):
+    """Makers of the layers of f_q and f_k, given `name` and `dtype`."""
+
+    query: Callable[..., keras.Layer]
+    key: Callable[..., keras.Layer]
+
+
+def batch_norms(config: KeyBnConfig) -> BatchNorms:
+    """The layers that a key-BN mode needs; the modes that move images need none of their own."""
+    grouped = functools.partial(SplitBatchNormalization, config.groups)
+    special = {
+        KeyBnMode.split: BatchNorms(grouped, grouped),
+        KeyBnMode.sync: BatchNorms(SyncBatchNormalization, SyncBatchNormalization),
+        KeyBnMode.stored: BatchNorms(FusedBatchNormalization, ShuffledBatchNorm),
+    }
+    return special.get(config.mode, BatchNorms(FusedBatchNormalization, FusedBatchNormalization))

@@ -54,6 +54,12 @@ class KeyBnMode(enum.Enum):
     """How the key encoder's batch normalisation is kept from seeing the query's batch (arXiv 1911.05722, 3.3)."""
 
     cross_replica_sum = "cross_replica_sum"  # a permutation of the global batch, moved by a sum over the replicas
+    all_to_all = "all_to_all"  # random local order, equal shares to every replica, random local order
+    host = "host"  # key views arrive shuffled among the replicas of their host
+    stored = "stored"  # statistics of an earlier key batch
+    ema = "ema"  # EMAN: the momentum average of the query's running statistics
+    split = "split"  # groups within each replica, keys shuffled within it; for one device
+    sync = "sync"  # statistics of the global batch; does not stop the leak, for experiments
     none = "none"  # no shuffling; leaks, for experiments
 
 
@@ -135,9 +141,13 @@ class KeyBnConfig:
 
     Attributes:
         mode: see KeyBnMode.
+        groups: of each replica's batch, for `split`.
+        ring: key batches whose statistics are kept, for `stored`.
     """
 
     mode: KeyBnMode = KeyBnMode.cross_replica_sum
+    groups: int = 8
+    ring: int = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,6 +159,7 @@ class TrainConfig:
         global_batch: images in one step over all replicas.
         epochs: passes over the training images.
         queue: keys kept as negatives (K); any number not below global_batch.
+        queue_precision: type of the queue.
         momentum: of the key encoder (m).
         temperature: of the softmax (T).
         learning_rate: at the given global batch, before the schedule.
@@ -165,6 +176,7 @@ class TrainConfig:
     global_batch: int = 256
     epochs: int = 200
     queue: int = 65536
+    queue_precision: Precision = Precision.float32
     momentum: float = 0.999
     temperature: float = 0.2
     learning_rate: float = 0.03

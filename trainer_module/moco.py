@@ -10,8 +10,8 @@ from typing import NamedTuple
 import keras
 import tensorflow as tf
 
-from trainer_module.replica import Replica, mean
-from trainer_module.shuffle import KeyEncoding
+from trainer_module.replica import Replica, entered, mean
+from trainer_module.shuffle import KeyEncoding, Memory
 
 Tensors = list[tf.Tensor]
 
@@ -24,7 +24,8 @@ class State(NamedTuple):
         query, key: parameters of f_q and f_k.
         query_stats, key_stats: BN running statistics of f_q and f_k.
         slots: momentum of SGD, one for each query parameter.
-        queue: float32[K, C], normalised keys.
+        ring: statistics of the last key batches; empty but for the key-BN mode `stored`.
+        queue: float32 or bfloat16[K, C], normalised keys.
         pointer: int32[], where the next keys go.
     """
 
@@ -34,6 +35,7 @@ class State(NamedTuple):
     key: Tensors
     key_stats: Tensors
     slots: Tensors
+    ring: Tensors
     queue: tf.Tensor
     pointer: tf.Tensor
 
@@ -65,12 +67,13 @@ class MoCo:
     """What a step needs and does not change.
 
     Attributes:
-        model: the architecture of f_q and f_k.
+        model: the architecture of f_q, and of f_k unless key_model is given.
         mean, std: per channel, in the units of the pixels (0 to 255).
         encode_keys: shuffled BN, see trainer_module.shuffle.
         learning_rate: step -> float32[].
         m, temperature, sgd_momentum, weight_decay: as in the paper.
         seed: of the permutations.
+        key_model: the architecture of f_k where its batch normalisation differs; the same variables in the same order.
     """
 
     model: keras.Model
@@ -83,11 +86,14 @@ class MoCo:
     sgd_momentum: float
     weight_decay: float
     seed: int
+    key_model: keras.Model | None = None
 
-    def encode(self, parameters: Tensors, stats: Tensors, x: tf.Tensor) -> tuple[tf.Tensor, Tensors]:
-        """uint8[N, H, W, 3] -> unit embeddings float32[N, C] and new BN statistics; BN in training mode."""
+    def encode(
+        self, parameters: Tensors, stats: Tensors, x: tf.Tensor, training: bool = True, model: keras.Model | None = None
+    ) -> tuple[tf.Tensor, Tensors]:
+        """uint8[N, H, W, 3] -> unit embeddings float32[N, C] and new BN statistics."""
         x = (tf.cast(x, tf.float32) - self.mean) / self.std
-        embedding, stats = self.model.stateless_call(parameters, stats, x, training=True)
+        embedding, stats = (model or self.model).stateless_call(parameters, stats, x, training=training)
         return tf.math.l2_normalize(embedding, axis=1), stats
 
     def step(self, state: State, x_q: tf.Tensor, x_k: tf.Tensor, replica: Replica) -> tuple[State, Metrics]:
@@ -95,17 +101,30 @@ class MoCo:
 
         The running statistics, which the authors' code leaves to replica 0, are averaged over the replicas.
         """
+        with entered(replica):
+            return self._step(state, x_q, x_k, replica)
+
+    def _step(self, state: State, x_q: tf.Tensor, x_k: tf.Tensor, replica: Replica) -> tuple[State, Metrics]:
         # f_k follows the query weights from before this step's update
         key = [self.m * k + (1 - self.m) * q for k, q in zip(state.key, state.query, strict=True)]
         seed = tf.stack([tf.constant(self.seed, tf.int32), state.step])
-        keys = self.encode_keys(lambda x: self.encode(key, state.key_stats, x), x_k, replica, seed)
+        memory = Memory(state.key_stats, state.query_stats, state.ring)
+        keys = self.encode_keys(
+            lambda x, stats, training=True: self.encode(key, stats, x, training, self.key_model),
+            x_k,
+            replica,
+            seed,
+            memory,
+        )
         k = tf.stop_gradient(keys.own)
 
         with tf.GradientTape() as tape:
             tape.watch(state.query)
             q, query_stats = self.encode(state.query, state.query_stats, x_q)
             l_pos = tf.reduce_sum(q * k, axis=1, keepdims=True)  # Nx1
-            l_neg = tf.matmul(q, state.queue, transpose_b=True)  # NxK, the queue as it was before this step
+            l_neg = tf.matmul(
+                q, tf.cast(state.queue, q.dtype), transpose_b=True
+            )  # NxK, the queue as it was before this step
             logits = tf.concat([l_pos, l_neg], axis=1) / self.temperature  # Nx(1+K)
             labels = tf.zeros_like(logits[:, 0], tf.int32)  # the positive is the first
             loss = tf.reduce_mean(tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits))
@@ -121,15 +140,17 @@ class MoCo:
 
         size, capacity = keys.everyone.shape[0], state.queue.shape[0]
         rows = (state.pointer + tf.range(size)) % capacity  # wraps round, so K need not be a multiple
-        queue = tf.tensor_scatter_nd_update(state.queue, rows[:, tf.newaxis], keys.everyone)
+        everyone = tf.cast(keys.everyone, state.queue.dtype)
+        queue = tf.tensor_scatter_nd_update(state.queue, rows[:, tf.newaxis], everyone)
 
         new = State(
             step=state.step + 1,
             query=query,
             query_stats=mean(replica, query_stats),
             key=key,
-            key_stats=mean(replica, keys.stats),
+            key_stats=keys.stats,
             slots=slots,
+            ring=keys.ring,
             queue=queue,
             pointer=(state.pointer + size) % capacity,
         )
@@ -155,13 +176,17 @@ def _measure(
     return Metrics(loss, top1, top5, positive, negative, 2 - 2 * positive, std, rate)
 
 
-def initial_state(model: keras.Model, queue_size: int, seed: int) -> State:
+def initial_state(
+    model: keras.Model, queue_size: int, seed: int, *, ring: int = 0, queue_dtype: str = "float32"
+) -> State:
     """The state before the first step: f_k a copy of f_q, head included; a queue of random unit keys.
 
     Args:
         model: holds the initial weights.
         queue_size: K.
         seed: of the queue.
+        ring: key batches whose statistics are kept.
+        queue_dtype: of the queue.
     """
     parameters = [tf.convert_to_tensor(v.value) for v in model.trainable_variables]
     stats = [tf.convert_to_tensor(v.value) for v in model.non_trainable_variables]
@@ -173,6 +198,7 @@ def initial_state(model: keras.Model, queue_size: int, seed: int) -> State:
         key=parameters,
         key_stats=stats,
         slots=[tf.zeros_like(p) for p in parameters],
-        queue=tf.math.l2_normalize(noise, axis=1),
+        ring=[tf.repeat(s[tf.newaxis], ring, axis=0) for s in stats] if ring else [],
+        queue=tf.cast(tf.math.l2_normalize(noise, axis=1), queue_dtype),
         pointer=tf.zeros([], tf.int32),
     )

@@ -1,5 +1,8 @@
 """The step's only seam to the other cores: how many there are, which one this is, and sums over them."""
 
+import contextlib
+import contextvars
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 import tensorflow as tf
@@ -19,6 +22,13 @@ class Replica(Protocol):
     def sum(self, tree: Any) -> Any:
         """Sums every tensor of a nest over the replicas; all replicas get the same result."""
 
+    def all_to_all(self, blocks: tf.Tensor) -> tf.Tensor:
+        """Sends block j of [R, ...] to replica j; block j of the result came from replica j.
+
+        Args:
+            blocks: a type that sums exactly (float32, bfloat16, int32).
+        """
+
 
 class SingleReplica:
     """One core alone."""
@@ -33,6 +43,10 @@ class SingleReplica:
     def sum(self, tree: Any) -> Any:
         """Returns the nest itself."""
         return tree
+
+    def all_to_all(self, blocks: tf.Tensor) -> tf.Tensor:
+        """Returns the blocks themselves."""
+        return blocks
 
 
 class ContextReplica:
@@ -55,6 +69,10 @@ class ContextReplica:
         """Sums over the replicas by ReplicaContext.all_reduce."""
         return self._context.all_reduce(tf.distribute.ReduceOp.SUM, tree) if self.count > 1 else tree
 
+    def all_to_all(self, blocks: tf.Tensor) -> tf.Tensor:
+        """Exchanges blocks by a sum of buffers that are zero elsewhere, since tf.distribute has no exchange."""
+        return exchange_by_sum(self, blocks)
+
 
 class TpuReplica(ContextReplica):
     """A TPU core under TPUStrategy."""
@@ -62,6 +80,34 @@ class TpuReplica(ContextReplica):
     def sum(self, tree: Any) -> Any:
         """Sums over the cores by tpu.cross_replica_sum."""
         return tf.nest.map_structure(tf.compat.v1.tpu.cross_replica_sum, tree) if self.count > 1 else tree
+
+    def all_to_all(self, blocks: tf.Tensor) -> tf.Tensor:
+        """Exchanges blocks by the TPU's own all-to-all."""
+        return tf.raw_ops.AllToAll(
+            input=blocks,
+            group_assignment=[list(range(self.count))],
+            concat_dimension=0,
+            split_dimension=0,
+            split_count=self.count,
+        )
+
+
+_CURRENT: contextvars.ContextVar[Replica] = contextvars.ContextVar("replica")
+
+
+@contextlib.contextmanager
+def entered(replica: Replica) -> Iterator[None]:
+    """Lets layers inside a model that is being traced find the replica, see `entered_replica`."""
+    token = _CURRENT.set(replica)
+    try:
+        yield
+    finally:
+        _CURRENT.reset(token)
+
+
+def entered_replica() -> Replica:
+    """The replica of the step that is being traced; a single one outside of any."""
+    return _CURRENT.get(SingleReplica())
 
 
 def current_replica(strategy: tf.distribute.Strategy) -> Replica:
@@ -90,6 +136,15 @@ def gather(replica: Replica, rows: tf.Tensor, positions: tf.Tensor) -> tf.Tensor
     """
     total = replica.count * rows.shape[0]
     return replica.sum(tf.scatter_nd(positions[:, tf.newaxis], rows, [total, *rows.shape[1:]]))
+
+
+def exchange_by_sum(replica: Replica, blocks: tf.Tensor) -> tf.Tensor:
+    """all_to_all for replicas that can only sum: R times its traffic."""
+    count = replica.count
+    by_receiver = tf.scatter_nd(
+        tf.stack([tf.range(count), tf.fill([count], replica.index)], axis=1), blocks, [count, count, *blocks.shape[1:]]
+    )
+    return tf.gather(replica.sum(by_receiver), replica.index)
 
 
 def own_rows(replica: Replica, rows: tf.Tensor) -> tf.Tensor:

@@ -1,15 +1,38 @@
-"""How keys are encoded so that no key's batch normalisation sees its query's batch (arXiv 1911.05722, section 3.3)."""
+"""How keys are encoded so that no key's batch normalisation sees its query's batch (arXiv 1911.05722, section 3.3).
 
+n: images of this replica, R: replicas, C: size of an embedding, S: channels of a batch normalisation.
+"""
+
+import functools
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import tensorflow as tf
 
-from trainer_module.config import KeyBnMode
-from trainer_module.replica import Replica, gather, own_rows
+from trainer_module.config import KeyBnConfig, KeyBnMode
+from trainer_module.replica import Replica, gather, mean, own_rows
 
 Stats = list[tf.Tensor]
-EncodeBatch = Callable[[tf.Tensor], tuple[tf.Tensor, Stats]]  # uint8[n, H, W, 3] -> normalised keys [n, C], BN stats
+
+
+class KeyEncoder(Protocol):
+    """f_k with its parameters of this step."""
+
+    def __call__(self, x: tf.Tensor, stats: Stats, training: bool = True) -> tuple[tf.Tensor, Stats]:
+        """uint8[n, H, W, 3] and BN statistics -> unit keys float32[n, C] and new BN statistics."""
+
+
+class Memory(NamedTuple):
+    """What is known of batch normalisation before a step, the same on all replicas.
+
+    Attributes:
+        key, query: BN running statistics of f_k and f_q, float32[S] each.
+        ring: statistics of the last key batches, float32[N, S] each; empty for modes that keep none.
+    """
+
+    key: Stats
+    query: Stats
+    ring: Stats
 
 
 class Keys(NamedTuple):
@@ -18,25 +41,28 @@ class Keys(NamedTuple):
     Attributes:
         own: float32[n, C], in the order of this replica's queries.
         everyone: float32[R * n, C], in the order of the global batch; what is enqueued.
-        stats: the key encoder's new BN running statistics as this replica saw them.
+        stats: f_k's new BN running statistics, the same on all replicas.
+        ring: the new ring, the same on all replicas.
     """
 
     own: tf.Tensor
     everyone: tf.Tensor
     stats: Stats
+    ring: Stats
 
 
 class KeyEncoding(Protocol):
     """One way to encode the keys of a step."""
 
-    def __call__(self, encode: EncodeBatch, x_k: tf.Tensor, replica: Replica, seed: tf.Tensor) -> Keys:
+    def __call__(self, f_k: KeyEncoder, x_k: tf.Tensor, replica: Replica, seed: tf.Tensor, memory: Memory) -> Keys:
         """Encodes this replica's key views.
 
         Args:
-            encode: f_k in training mode with normalised output.
-            x_k: uint8[n, H, W, 3], the key views of this replica's queries.
+            f_k: the key encoder.
+            x_k: uint8[n, H, W, 3], the key views of this replica's queries; for `host`, shuffled already.
             replica: this core.
-            seed: int32[2], stateless, the same on all cores, another one at every step.
+            seed: int32[2], (seed of the run, step): the same on all cores, another one at every step.
+            memory: see Memory.
         """
 
 
@@ -48,28 +74,153 @@ def permutation(seed: tf.Tensor, size: int) -> tf.Tensor:
     return tf.argsort(tf.random.stateless_uniform([size], seed, alg="philox"), stable=True)
 
 
-def cross_replica_sum(encode: EncodeBatch, x_k: tf.Tensor, replica: Replica, seed: tf.Tensor) -> Keys:
+def cross_replica_sum(f_k: KeyEncoder, x_k: tf.Tensor, replica: Replica, seed: tf.Tensor, memory: Memory) -> Keys:
     """Shuffled BN by one permutation of the global batch: replica r encodes rows perm[r * n:(r + 1) * n].
 
     The pixels travel as bfloat16, which holds 0 to 255 exactly, in half the bytes of float32.
     """
-    n = x_k.shape[0]
-    perm = permutation(seed, replica.count * n)
+    perm = permutation(seed, replica.count * x_k.shape[0])
     places = own_rows(replica, tf.math.invert_permutation(perm))
-    shuffled = own_rows(replica, gather(replica, tf.cast(x_k, tf.bfloat16), places))
-    k, stats = encode(tf.cast(shuffled, tf.uint8))
-    everyone = gather(replica, k, own_rows(replica, perm))
-    return Keys(own_rows(replica, everyone), everyone, stats)
+    shuffled = tf.cast(own_rows(replica, gather(replica, tf.cast(x_k, tf.bfloat16), places)), x_k.dtype)
+    return _encode_in_place(f_k, shuffled, own_rows(replica, perm), replica, memory)
 
 
-def no_shuffle(encode: EncodeBatch, x_k: tf.Tensor, replica: Replica, seed: tf.Tensor) -> Keys:
-    """Encodes keys where their queries are. It leaks, and is here for the comparison."""
-    del seed
-    k, stats = encode(x_k)
+def all_to_all(f_k: KeyEncoder, x_k: tf.Tensor, replica: Replica, seed: tf.Tensor, memory: Memory) -> Keys:
+    """Balanced shuffle: random local order, n / R rows to every replica, random local order.
+
+    A query and its key share a BN group as often as under a uniform shuffle, and every pixel travels once at most.
+    """
+    n, count = x_k.shape[0], replica.count
+    orders = tf.argsort(tf.random.stateless_uniform([2, count, n], seed, alg="philox"), stable=True)
+    leaving, arriving = orders[0], tf.gather(orders[1], replica.index)  # Rxn of all replicas, n of this one
+    sent = tf.gather(x_k, tf.gather(leaving, replica.index))
+    received = _exchange(sent, replica)
+    # Block j of what arrives is the block of replica j's order that was meant for this replica.
+    block = n // count
+    places = leaving[:, :n] + n * tf.range(count)[:, tf.newaxis]
+    places = tf.reshape(tf.gather(tf.reshape(places, [count, count, block]), replica.index, axis=1), [n])
+    return _encode_in_place(f_k, tf.gather(received, arriving), tf.gather(places, arriving), replica, memory)
+
+
+def host(hosts: int = 1) -> KeyEncoding:
+    """The key views arrive shuffled among the replicas of their host, see `shuffle_keys`; only keys travel.
+
+    Args:
+        hosts: that feed the replicas, each an equal number.
+    """
+
+    def encode(f_k: KeyEncoder, x_k: tf.Tensor, replica: Replica, seed: tf.Tensor, memory: Memory) -> Keys:
+        size = replica.count * x_k.shape[0] // hosts
+        perms = [size * i + permutation(_host_seed(seed, i), size) for i in range(hosts)]
+        return _encode_in_place(f_k, x_k, own_rows(replica, tf.concat(perms, 0)), replica, memory)
+
+    return encode
+
+
+def shuffle_keys(batches: tf.data.Dataset, seed: int, start_step: int, index: int = 0) -> tf.data.Dataset:
+    """Shuffles the key views of each batch as the mode `host` expects them.
+
+    Args:
+        batches: (query, key) of one host, uint8[B, H, W, 3] each, one element a step.
+        seed: of the run.
+        start_step: step of the first batch.
+        index: of this host.
+    """
+
+    def shuffle(step: tf.Tensor, views: tuple[tf.Tensor, tf.Tensor]) -> tuple[tf.Tensor, tf.Tensor]:
+        query, key = views
+        at = tf.stack([tf.constant(seed, tf.int32), tf.cast(step, tf.int32)])
+        return query, tf.gather(key, permutation(_host_seed(at, index), key.shape[0]))
+
+    return batches.enumerate(start_step).map(shuffle, num_parallel_calls=1)
+
+
+def split(f_k: KeyEncoder, x_k: tf.Tensor, replica: Replica, seed: tf.Tensor, memory: Memory) -> Keys:
+    """Shuffles within the replica; the layers normalise groups of its batch by themselves (the authors' Colab)."""
     n = x_k.shape[0]
-    return Keys(k, gather(replica, k, replica.index * n + tf.range(n)), stats)
+    perm = permutation(seed, n)
+    return _encode_in_place(f_k, tf.gather(x_k, perm), replica.index * n + perm, replica, memory)
 
 
-def key_encoding(mode: KeyBnMode) -> KeyEncoding:
-    """The key encoding of a mode."""
-    return {KeyBnMode.cross_replica_sum: cross_replica_sum, KeyBnMode.none: no_shuffle}[mode]
+def in_order(f_k: KeyEncoder, x_k: tf.Tensor, replica: Replica, seed: tf.Tensor, memory: Memory) -> Keys:
+    """Encodes keys where their queries are: `none`, which leaks, and `sync`, whose layers share their statistics."""
+    del seed
+    n = x_k.shape[0]
+    return _encode_in_place(f_k, x_k, replica.index * n + tf.range(n), replica, memory)
+
+
+def ema(m: float) -> KeyEncoding:
+    """EMAN (arXiv 2101.08482): f_k normalises with the momentum average of f_q's running statistics.
+
+    Args:
+        m: momentum of the key encoder.
+    """
+
+    def encode(f_k: KeyEncoder, x_k: tf.Tensor, replica: Replica, seed: tf.Tensor, memory: Memory) -> Keys:
+        stats = [m * k + (1 - m) * q for k, q in zip(memory.key, memory.query, strict=True)]
+        eval_mode = functools.partial(f_k, training=False)
+        keys = in_order(eval_mode, x_k, replica, seed, memory._replace(key=stats))
+        return keys._replace(stats=stats)
+
+    return encode
+
+
+def stored(f_k: KeyEncoder, x_k: tf.Tensor, replica: Replica, seed: tf.Tensor, memory: Memory) -> Keys:
+    """f_k normalises with the statistics of an earlier key batch, drawn from the ring, and never with its own.
+
+    The layers must be ShuffledBatchNorm: they normalise with what they are given and hand back what they observed.
+    Until the ring holds a batch, the given statistics are the initial ones.
+    """
+    step, size = seed[1], memory.ring[0].shape[0]
+    filled = tf.clip_by_value(step, 1, size)
+    drawn = tf.random.stateless_uniform([], seed, 0, filled, tf.int32, alg="philox")
+    given = [tf.gather(kept, drawn) for kept in memory.ring]
+    keys = in_order(f_k, x_k, replica, seed, memory._replace(key=given))
+    place = tf.reshape(step % size, [1, 1])
+    ring = [
+        tf.tensor_scatter_nd_update(kept, place, s[tf.newaxis]) for kept, s in zip(memory.ring, keys.stats, strict=True)
+    ]
+    return keys._replace(ring=ring)
+
+
+def key_encoding(mode: KeyBnMode, *, m: float = 0.999, hosts: int = 1) -> KeyEncoding:
+    """The key encoding of a mode.
+
+    Args:
+        mode: see KeyBnMode.
+        m: momentum of the key encoder, for `ema`.
+        hosts: that feed the replicas, for `host`.
+    """
+    makers: dict[KeyBnMode, Callable[[], KeyEncoding]] = {
+        KeyBnMode.cross_replica_sum: lambda: cross_replica_sum,
+        KeyBnMode.all_to_all: lambda: all_to_all,
+        KeyBnMode.host: lambda: host(hosts),
+        KeyBnMode.stored: lambda: stored,
+        KeyBnMode.ema: lambda: ema(m),
+        KeyBnMode.split: lambda: split,
+        KeyBnMode.sync: lambda: in_order,
+        KeyBnMode.none: lambda: in_order,
+    }
+    return makers[mode]()
+
+
+def ring_size(config: KeyBnConfig) -> int:
+    """Key batches whose statistics are kept."""
+    return config.ring if config.mode is KeyBnMode.stored else 0
+
+
+def _encode_in_place(f_k: KeyEncoder, x: tf.Tensor, places: tf.Tensor, replica: Replica, memory: Memory) -> Keys:
+    """Encodes rows that belong to the given places of the global batch, and brings all keys to all replicas."""
+    k, stats = f_k(x, memory.key)
+    everyone = gather(replica, k, places)
+    return Keys(own_rows(replica, everyone), everyone, mean(replica, stats), memory.ring)
+
+
+def _exchange(rows: tf.Tensor, replica: Replica) -> tf.Tensor:
+    """Block j of every replica's rows [n, ...] goes to replica j; what arrives stands in the order of the replicas."""
+    blocks = tf.reshape(tf.cast(rows, tf.bfloat16), [replica.count, -1, *rows.shape[1:]])
+    return tf.cast(tf.reshape(replica.all_to_all(blocks), rows.shape), rows.dtype)
+
+
+def _host_seed(seed: tf.Tensor, index: int) -> tf.Tensor:
+    return tf.random.experimental.stateless_fold_in(seed, index, alg="philox")

@@ -173,6 +173,11 @@ def test_what_cannot_be_read_is_refused_in_one_line_with_the_mend(override, word
         (["augment.crop_scale_max=0.1"], ["augment.crop_scale_min=0.2", "augment.crop_scale_max=0.1"]),
         (["augment.crop_ratio_min=2"], ["augment.crop_ratio_min=2", "augment.crop_ratio_max="]),
         (["augment.blur_sigma_min=3"], ["augment.blur_sigma_min=3", "e.g. augment.blur_sigma_min=2"]),
+        (
+            ["train.key_bn.mode=all_to_all", "train.global_batch=72"],
+            ["equal shares to 8", "e.g. train.global_batch=64"],
+        ),
+        (["train.key_bn.mode=split", "train.key_bn.groups=5"], ["train.key_bn.groups=5", "e.g. train.key_bn.groups=4"]),
         (["train.schedule=step", "train.milestones=[3,2,3]"], ["train.milestones=[3,2,3]", "[2,3]"]),
         (["train.epochs=3", "train.epochs=4"], ["train.epochs", "twice", "3 and 4"]),
     ],

@@ -269,6 +269,7 @@ def test_unlabelled_images_run_to_the_end_with_label_metrics_null(sample_images,
     for i, data in enumerate(sample_images["tools"][:60]):
         (folder / f"{i}.png").write_bytes(data)
     workdir = tmp_path / "work"
+    workdir.mkdir()
     assert local.run(settings("train.epochs=1"), str(folder), workdir) == 0
     metrics = result_of(workdir)["metrics"]
     labelled = ("knn_top1", "linear_top1", "random_init_knn_top1", "pixel_knn_top1")

@@ -1,9 +1,16 @@
-"""A small encoder with batch normalisation, so that tests of the step trace in a second."""
+"""A small encoder that traces in a second, and replicas of any number, eagerly and without devices."""
+
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import keras
 import pytest
+import tensorflow as tf
 
 from trainer_module.batch_norm import FusedBatchNormalization
+from trainer_module.replica import exchange_by_sum
 
 
 @pytest.fixture(scope="session")
@@ -15,3 +22,59 @@ def tiny_encoder():
     x = keras.layers.ReLU()(FusedBatchNormalization()(x))
     x = keras.layers.GlobalAveragePooling2D()(x)
     return keras.Model(image, keras.layers.Dense(16, kernel_initializer=keras.initializers.HeNormal(seed=4))(x))
+
+
+@pytest.fixture(scope="session")
+def in_lockstep():
+    """count, function of a replica -> what each of so many replicas gave."""
+    return _in_lockstep
+
+
+class _Meeting:
+    def __init__(self, count: int) -> None:
+        self.slots: list[Any] = [None] * count
+        self.barrier = threading.Barrier(count, timeout=60)
+
+
+class LockstepReplica:
+    """One of R replicas, as threads of one process that meet at every sum; sums in the order of the replicas."""
+
+    def __init__(self, index: int, count: int, meeting: _Meeting) -> None:
+        self._index, self._meeting, self.count = index, meeting, count
+
+    @property
+    def index(self) -> tf.Tensor:
+        return tf.constant(self._index)
+
+    def sum(self, tree: Any) -> Any:
+        @tf.custom_gradient
+        def summed(*tensors: tf.Tensor) -> Any:
+            # As tf.distribute and the TPU have it: the gradient of a sum over replicas is the sum of the gradients.
+            return self._meet(tensors), lambda *gradients: self._meet(gradients)
+
+        return tf.nest.pack_sequence_as(tree, summed(*tf.nest.flatten(tree)))
+
+    def _meet(self, tensors: Sequence[tf.Tensor]) -> list[tf.Tensor]:
+        self._meeting.slots[self._index] = tensors
+        self._meeting.barrier.wait()
+        result = [tf.add_n(list(values)) for values in zip(*self._meeting.slots, strict=True)]
+        self._meeting.barrier.wait()
+        return result
+
+    def all_to_all(self, blocks: tf.Tensor) -> tf.Tensor:
+        return exchange_by_sum(self, blocks)
+
+
+def _in_lockstep(count: int, function: Callable[[LockstepReplica], Any]) -> list[Any]:
+    """Runs a function once for each of R replicas and returns what each gave."""
+    meeting = _Meeting(count)
+
+    def one(index: int) -> Any:
+        try:
+            return function(LockstepReplica(index, count, meeting))
+        except BaseException:
+            meeting.barrier.abort()
+            raise
+
+    with ThreadPoolExecutor(count) as pool:
+        return list(pool.map(one, range(count)))
