@@ -23,9 +23,9 @@ from tfx.types import artifact_utils, channel_utils, standard_artifacts
 from components.view_augmenter import executor
 from components.view_augmenter.component import ViewAugmenter
 from trainer_module import config_json
-from trainer_module.config import AugmentConfig, ImageConfig, Where
+from trainer_module.config import AugmentConfig, ImageConfig, SampleConfig, Where
 from trainer_module.errors import UserError
-from trainer_module.images import stored_image
+from trainer_module.images import centre_view, eval_resize, stored_image
 from trainer_module.progress import LOGGER_NAME
 from trainer_module.views import view_pair
 
@@ -50,18 +50,26 @@ def to_jpeg(png: bytes) -> bytes:
     return buffer.getvalue()
 
 
-def ingested(data: bytes) -> bytes:
+def ingested(data: bytes, label: bytes | None = None) -> bytes:
     features = {"image/encoded": data, "image/sha256": hashlib.sha256(data).hexdigest().encode()}
+    if label is not None:
+        features["image/label"] = label
     wrapped = {k: tf.train.Feature(bytes_list=tf.train.BytesList(value=[v])) for k, v in features.items()}
     return tf.train.Example(features=tf.train.Features(feature=wrapped)).SerializeToString()
 
 
-def make_examples(folder: Path, shards: int, compress: bool = False) -> standard_artifacts.Examples:
-    """An Examples artifact whose train split holds the samples in `shards` files."""
+def label_of(data: bytes) -> bytes:
+    return b"even" if hashlib.sha256(data).digest()[0] % 2 == 0 else b"odd"
+
+
+def make_examples(
+    folder: Path, shards: int, compress: bool = False, labels: bool = False
+) -> standard_artifacts.Examples:
+    """An Examples artifact whose splits each hold the samples in `shards` files; each fourth has no label."""
     artifact = standard_artifacts.Examples()
     artifact.uri = str(folder)
     artifact.split_names = artifact_utils.encode_split_names(["train", "eval"])
-    records = [ingested(data) for data in sample_files()]
+    records = [ingested(data, label_of(data) if labels and n % 4 else None) for n, data in enumerate(sample_files())]
     per_shard = -(-len(records) // shards)
     for split in ("train", "eval"):
         (folder / f"Split-{split}").mkdir(parents=True)
@@ -79,6 +87,7 @@ def run(
     augment: AugmentConfig = AUGMENT,
     shards: int = 1,
     beam_args: tuple[str, ...] = (),
+    sample: SampleConfig = SampleConfig(),  # noqa: B008
     **examples_options: bool,
 ) -> standard_artifacts.Examples:
     examples = make_examples(folder / "examples", shards, **examples_options)
@@ -89,6 +98,7 @@ def run(
         "image": config_json.dumps(IMAGE),
         "augment": config_json.dumps(augment),
         "seed": SEED,
+        "sample": config_json.dumps(sample),
         "code": "",
     }
     executor.Executor(context).Do({"examples": [examples]}, {"views": [views]}, properties)
@@ -182,6 +192,64 @@ def test_the_manifest_lists_exactly_the_files_there_are(both: standard_artifacts
     assert {name: content[name] for name in expected} == expected
 
 
+def sample_rows(views: standard_artifacts.Examples, split: str) -> list[dict[str, bytes]]:
+    """What the manifest lists of a split's sample, by id."""
+    rows = []
+    for entry in manifest(views)["watch"]:
+        path = Path(views.uri, entry["name"])
+        assert path.stat().st_size == entry["bytes"]
+        records = [tf.train.Example.FromString(r) for r in tf.data.TFRecordDataset(str(path)).as_numpy_iterator()]
+        assert len(records) == entry["records"] > 0
+        if entry["split"] == split:
+            rows += [{name: f.bytes_list.value[0] for name, f in r.features.feature.items()} for r in records]
+    return sorted(rows, key=lambda row: row["id"])
+
+
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory: pytest.TempPathFactory) -> standard_artifacts.Examples:
+    return run(tmp_path_factory.mktemp("labelled"), shards=3, labels=True)
+
+
+def test_the_sample_holds_the_centre_views_and_labels_of_both_splits(labelled: standard_artifacts.Examples) -> None:
+    expected = []
+    for n, data in enumerate(sample_files()):
+        image = stored_image(tf.constant(data), IMAGE)
+        view = np.floor(centre_view(image, eval_resize(IMAGE, AUGMENT), AUGMENT.size).numpy() + 0.5).astype(np.uint8)
+        if n % 4:
+            identity = hashlib.sha256(data).hexdigest().encode()
+            expected.append({"id": identity, "image": view.tobytes(), "label": label_of(data)})
+    expected.sort(key=lambda row: row["id"])
+    assert sample_rows(labelled, "train") == expected
+    assert sample_rows(labelled, "eval") == expected
+
+
+def test_the_samples_bytes_do_not_depend_on_the_runner(labelled: standard_artifacts.Examples, tmp_path: Path) -> None:
+    args = ("--direct_num_workers=2", "--direct_running_mode=multi_threading")
+    again = run(tmp_path / "again", shards=3, labels=True, beam_args=args)
+    assert manifest(again)["watch"] == manifest(labelled)["watch"]
+    for entry in manifest(labelled)["watch"]:
+        assert Path(again.uri, entry["name"]).read_bytes() == Path(labelled.uri, entry["name"]).read_bytes()
+    other = run(tmp_path / "other", shards=5, labels=True, compress=True)
+    assert sample_rows(other, "eval") == sample_rows(labelled, "eval")
+
+
+def test_the_sample_is_of_the_lowest_hashes(labelled: standard_artifacts.Examples, tmp_path: Path) -> None:
+    few = run(tmp_path, shards=2, labels=True, sample=SampleConfig(bank=1, queries=1))
+    lowest = sample_rows(few, "train")
+    assert lowest == sample_rows(labelled, "train")[: len(lowest)]
+
+
+def test_an_unlabelled_set_has_no_sample(one_shard: standard_artifacts.Examples) -> None:
+    assert manifest(one_shard)["watch"] == []
+    assert not list(Path(one_shard.uri, "watch").iterdir())
+
+
+def test_the_eval_split_is_in_no_view(labelled: standard_artifacts.Examples) -> None:
+    assert {file["name"].split("-")[0] for file in manifest(labelled)["files"]} == {"views"}
+    assert manifest(labelled)["images"] == IMAGES
+    assert len(read(labelled, "views-p0000-")) == IMAGES
+
+
 def test_the_artifact_says_its_split_and_counts(one_shard: standard_artifacts.Examples) -> None:
     assert artifact_utils.decode_split_names(one_shard.split_names) == ["train"]
     assert one_shard.get_int_custom_property("images") == IMAGES
@@ -210,7 +278,8 @@ def test_an_unreadable_record_is_an_error_of_ours_and_nothing_counts_as_done(tmp
         writer.write(ingested(b"\xff\xd8\xff broken"))
     views = standard_artifacts.Examples()
     views.uri = str(tmp_path / "views")
-    properties = {"image": config_json.dumps(IMAGE), "augment": config_json.dumps(AUGMENT), "seed": 0, "code": ""}
+    parts = {"image": IMAGE, "augment": AUGMENT, "sample": SampleConfig()}
+    properties = {name: config_json.dumps(part) for name, part in parts.items()} | {"seed": 0, "code": ""}
     context = BaseBeamExecutor.Context(beam_pipeline_args=[RUNNER], tmp_dir=str(tmp_path))
     with pytest.raises(Exception, match="cannot be read, though ingestion proved it") as caught:
         executor.Executor(context).Do({"examples": [examples]}, {"views": [views]}, properties)
@@ -244,7 +313,9 @@ def test_progress_counts_up_to_all_pairs(tmp_path: Path, caplog: pytest.LogCaptu
 
 def test_the_component_passes_its_configuration_as_plain_json() -> None:
     examples = channel_utils.as_channel([standard_artifacts.Examples()])
-    node = ViewAugmenter(examples=examples, image=IMAGE, augment=AUGMENT, seed=SEED, code="abc")
+    sample = SampleConfig(bank=7)
+    node = ViewAugmenter(examples=examples, image=IMAGE, augment=AUGMENT, seed=SEED, sample=sample, code="abc")
+    assert config_json.loads(SampleConfig, node.exec_properties["sample"]) == sample
     assert config_json.loads(AugmentConfig, node.exec_properties["augment"]) == AUGMENT
     assert config_json.loads(ImageConfig, node.exec_properties["image"]) == IMAGE
     assert (node.exec_properties["seed"], node.exec_properties["code"]) == (SEED, "abc")
