@@ -8,8 +8,12 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer_module.config import KeyBnMode, TrainConfig
+from trainer_module.config import TrainConfig
 from trainer_module.errors import UserError
+
+# Modes of train.key_bn by name: those that leak by design, and those that shuffle over the replicas.
+_LEAKS = ("none", "sync")
+_NEEDS_REPLICAS = ("cross_replica_sum", "all_to_all", "host")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,19 +142,19 @@ def _leak(interval: Interval, history: History, config: TrainConfig) -> str:
 
 
 def _leak_mend(config: TrainConfig) -> str:
-    mode = config.key_bn.mode
-    if mode is KeyBnMode.none:
+    mode = config.key_bn.mode.name
+    if mode in _LEAKS:
         return (
-            "batch statistics betray the positive (train.key_bn.mode=none); set train.key_bn.mode=cross_replica_sum "
+            f"batch statistics betray the positive (train.key_bn.mode={mode}); set train.key_bn.mode=cross_replica_sum "
             f"with train.replicas={max(2, config.replicas)}"
         )
-    if config.replicas == 1:
+    if mode in _NEEDS_REPLICAS and config.replicas == 1:
         return (
-            f"batch statistics may betray the positive (train.key_bn.mode={mode.name} on one replica); "
+            f"batch statistics betray the positive (train.key_bn.mode={mode} has nothing to shuffle on one replica); "
             "set train.replicas=2"
         )
     return (
-        f"batch statistics may betray the positive (train.key_bn.mode={mode.name}), or the views are too easy; "
+        f"batch statistics may betray the positive (train.key_bn.mode={mode}), or the views are too easy; "
         "raise train.replicas, or lower augment.crop_scale_min"
     )
 

@@ -2,6 +2,9 @@
 
 import dataclasses
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -107,7 +110,7 @@ def test_a_fall_of_knn_alone_is_no_leak(pretext):
     [
         (KeyBnMode.none, 1, ["train.key_bn.mode=none", "train.key_bn.mode=cross_replica_sum", "train.replicas=2"]),
         (KeyBnMode.none, 8, ["train.key_bn.mode=cross_replica_sum", "train.replicas=8"]),
-        (KeyBnMode.cross_replica_sum, 1, ["on one replica", "set train.replicas=2"]),
+        (KeyBnMode.cross_replica_sum, 1, ["nothing to shuffle on one replica", "set train.replicas=2"]),
         (KeyBnMode.cross_replica_sum, 8, ["too easy", "augment.crop_scale_min"]),
     ],
 )
@@ -168,3 +171,8 @@ def test_weights_that_are_not_finite_are_refused_by_name():
     check_weights({"query": True, "queue": True}, 7, None, CONFIG)
     with pytest.raises(UserError, match=r"after step 7 not all numbers of query, slots are finite; .* step 5 is kept"):
         check_weights({"query": False, "queue": True, "slots": False}, 7, 5, CONFIG)
+
+
+def test_alarms_need_no_tensorflow():
+    code = "import sys, trainer_module.alarms; sys.exit('tensorflow' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
