@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -86,6 +87,27 @@ def test_several_steps_in_one_loop_give_the_figures_of_single_ones(tmp_path: Pat
     assert sum(line["steps"] for line in found) == TOTAL
     for line in found:
         assert line["loss"] == pytest.approx(np.mean(range(line["step"] - line["steps"] + 1, line["step"] + 1)))
+
+
+def test_time_is_that_of_steps_without_compilation_checkpoints_and_knn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    now = [100.0]
+
+    def pass_time(seconds: float) -> float:
+        now[0] += seconds
+        return 0.5
+
+    monkeypatch.setattr("trainer_module.watch.time", types.SimpleNamespace(monotonic=lambda: now[0]))
+    watch = make(tmp_path, knn=lambda: pass_time(40.0))
+    for done in range(1, TOTAL + 1):
+        pass_time(30.0 if done == 1 else 2.0)
+        watch.see(done, of_step(done), 20.0 if done == 1 else 0.5)
+        if done % 3 == 0:
+            with watch.paused():
+                pass_time(7.0)
+    assert watch.result().images_per_second == pytest.approx(BATCH / 2)
+    for line in lines(tmp_path):
+        found = [line[key] for key in ("images_per_second", "step_ms", "input_wait_ms", "input_wait_share")]
+        assert found == pytest.approx([BATCH / 2, 2000, 500, 0.25])
 
 
 def test_the_result_is_the_average_of_the_last_epoch(tmp_path: Path):
