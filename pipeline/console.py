@@ -149,7 +149,8 @@ def progress_shown() -> Iterator[None]:
 class ProgressHandler(logging.Handler):
     """Shows progress records: a bar on a terminal; elsewhere plain lines, at most one every ten seconds a task.
 
-    A bar vanishes when its task is done or another one starts, since a component's line then says what was done.
+    A bar vanishes when its task is done or another one starts, since a component's line then says what was done. Notes
+    are lines that stay.
 
     Args:
         stream: where to write.
@@ -165,12 +166,13 @@ class ProgressHandler(logging.Handler):
         self._finished: tuple[str, int] | None = None
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Shows one record; one without progress is none of ours."""
-        progress = getattr(record, "progress", None)
-        if not isinstance(progress, Progress):
-            return
+        """Shows one record; one with neither progress nor a note is none of ours."""
+        progress, note = getattr(record, "progress", None), getattr(record, "note", None)
         try:
-            self._show(progress)
+            if isinstance(progress, Progress):
+                self._show(progress)
+            if isinstance(note, str):
+                self._drawing.say(note)
         except Exception:  # logging's rule: showing progress must not end the work that reports it
             self.handleError(record)
 
@@ -209,6 +211,9 @@ class _Lines:
         if last:
             del self._shown[progress.task]
 
+    def say(self, text: str) -> None:
+        print(text, file=self._stream, flush=True)
+
     def end(self) -> None:
         self._shown.clear()
 
@@ -231,6 +236,9 @@ class _Bars:
             self._bar = _Bar(progress, text, self._stream)
         else:
             self._bar.show(progress, text)
+
+    def say(self, text: str) -> None:
+        tqdm.write(text, file=self._stream)  # above the bar, which it draws again
 
     def end(self) -> None:
         if self._bar is not None:

@@ -82,6 +82,7 @@ def create_pipeline(
         image=storage,
         augment=config.augment,
         seed=config.seed,
+        sample=config.train.watch.sample,
         code=fingerprint.of("components.view_augmenter.component"),
     ).with_id("ViewAugmenter")
     trainer = _trainer(config, augmenter.outputs["views"], transform.outputs["transform_graph"], places)

@@ -151,6 +151,47 @@ class KeyBnConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class SampleConfig:
+    """The labelled images that the online kNN looks at; ViewAugmenter stores them beside the views.
+
+    Attributes:
+        bank: at most so many images of the train split, those with the smallest hashes.
+        queries: at most so many images of the eval split, likewise. They are never trained on.
+    """
+
+    bank: int = 10_000
+    queries: int = 2_000
+
+
+@dataclasses.dataclass(frozen=True)
+class WatchConfig:
+    """What is watched while a model trains, and when an alarm is raised. Nothing here changes what is learned.
+
+    Attributes:
+        knn_epochs: epochs between two measurements of kNN top-1 on the held-out images; 0 for never.
+        knn_k, knn_temperature: as in components.evaluator.config.EvaluateConfig.
+        sample: see SampleConfig.
+        min_embedding_std: collapse: least spread of the queries' embeddings, as a share of 1 / sqrt(dim).
+        min_effective_rank: collapse: least effective rank of the newest keys.
+        leak_pretext: leak: pretext top-1 above this ...
+        leak_knn_drop: ... while kNN top-1 is below its best by more than this.
+        max_input_share: input-bound: largest share of a step's time that may be spent waiting for views.
+        patience: intervals in a row (train.log_steps each) after which collapse and a slow input are believed.
+    """
+
+    knn_epochs: int = 10
+    knn_k: int = 200
+    knn_temperature: float = 0.1
+    sample: SampleConfig = SampleConfig()
+    min_embedding_std: float = 0.02
+    min_effective_rank: float = 2.0
+    leak_pretext: float = 0.95
+    leak_knn_drop: float = 0.05
+    max_input_share: float = 0.3
+    patience: int = 3
+
+
+@dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """The MoCo step and its loop (arXiv 1911.05722, 2003.04297; main_moco.py).
 
@@ -169,7 +210,8 @@ class TrainConfig:
         precision: see Precision.
         key_bn: see KeyBnConfig.
         checkpoint_seconds: time between two periodic checkpoints; one is also written at the end.
-        log_steps: steps between two TensorBoard points.
+        log_steps: steps between two points of the curves (TensorBoard, metrics.jsonl).
+        watch: see WatchConfig.
     """
 
     replicas: int = 2
@@ -188,3 +230,4 @@ class TrainConfig:
     key_bn: KeyBnConfig = KeyBnConfig()
     checkpoint_seconds: float = 60.0
     log_steps: int = 10
+    watch: WatchConfig = WatchConfig()

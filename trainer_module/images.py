@@ -4,10 +4,13 @@ TensorFlow operations only, so everything here also runs inside tf.data and an e
 """
 
 import functools
+import math
+from collections.abc import Sequence
 
 import tensorflow as tf
 
 from trainer_module.config import AugmentConfig, ImageConfig
+from trainer_module.errors import UserError
 
 _DCT_RATIOS = (1, 2, 4, 8)  # by which libjpeg can shrink an image while it decodes
 
@@ -109,6 +112,29 @@ def centre_views(images: tf.Tensor, resize: int, size: int) -> tf.Tensor:
 def eval_resize(image: ImageConfig, augment: AugmentConfig) -> int:
     """The shorter side for `centre_view`: image.eval_resize, or the usual 256/224 of the view where that is 0."""
     return image.eval_resize or round(augment.size * 256 / 224)
+
+
+def check_channel_statistics(mean: Sequence[float], variance: Sequence[float]) -> None:
+    """Refuses statistics that would make every normalised pixel NaN.
+
+    It is the one way by which a NaN could reach the encoder: ingestion takes integer formats only, and stored images
+    and views are uint8.
+
+    Args:
+        mean, variance: per channel, as the Transform graph gives them.
+
+    Raises:
+        UserError: one of them is not a finite number, or a variance is negative.
+    """
+    if not (all(map(math.isfinite, (*mean, *variance))) and min(variance) >= 0):
+        raise UserError(
+            f"the Transform graph's channel statistics are no use: mean {_listed(mean)}, variance {_listed(variance)}; "
+            "delete its folder under the working directory and run again"
+        )
+
+
+def _listed(values: Sequence[float]) -> str:
+    return ", ".join(f"{value:g}" for value in values)
 
 
 def to_uint8(image: tf.Tensor) -> tf.Tensor:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import keras
 import tensorflow as tf
 
+from trainer_module.key_queue import enqueue
 from trainer_module.replica import Replica, entered, mean
 from trainer_module.shuffle import KeyEncoding, Memory
 
@@ -138,11 +139,7 @@ class MoCo:
         ]
         query = [w - rate * v for w, v in zip(state.query, slots, strict=True)]
 
-        size, capacity = keys.everyone.shape[0], state.queue.shape[0]
-        rows = (state.pointer + tf.range(size)) % capacity  # wraps round, so K need not be a multiple
-        everyone = tf.cast(keys.everyone, state.queue.dtype)
-        queue = tf.tensor_scatter_nd_update(state.queue, rows[:, tf.newaxis], everyone)
-
+        queue, pointer = enqueue(state.queue, state.pointer, keys.everyone)
         new = State(
             step=state.step + 1,
             query=query,
@@ -152,7 +149,7 @@ class MoCo:
             slots=slots,
             ring=keys.ring,
             queue=queue,
-            pointer=(state.pointer + size) % capacity,
+            pointer=pointer,
         )
         return new, _measure(loss, q, l_pos, l_neg, rate, replica)
 

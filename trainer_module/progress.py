@@ -2,7 +2,7 @@
 
 The rooms below the command line never print. They report progress as log records on one logger; the command line
 attaches a handler that draws a bar (or, where the output is no terminal, plain lines). With no handler, for instance
-on a Dataflow worker, the reports are ordinary INFO records.
+on a Dataflow worker, the reports are ordinary INFO records. A note is a line of text that stays.
 """
 
 import dataclasses
@@ -43,3 +43,8 @@ def report(task: str, done: int, total: int | None, unit: str, **figures: float)
     """
     progress = Progress(task, done, total, unit, figures)
     logging.getLogger(LOGGER_NAME).info("%s: %d of %s %s", task, done, total, unit, extra={"progress": progress})
+
+
+def note(text: str) -> None:
+    """Says one line that the user should see, beside the progress, to whoever listens on `moco.progress`."""
+    logging.getLogger(LOGGER_NAME).info("%s", text, extra={"note": text})

@@ -10,6 +10,7 @@ from typing import NamedTuple, Protocol
 import tensorflow as tf
 
 from trainer_module.config import KeyBnConfig, KeyBnMode
+from trainer_module.key_queue import draw, record
 from trainer_module.replica import Replica, gather, mean, own_rows
 
 Stats = list[tf.Tensor]
@@ -171,16 +172,9 @@ def stored(f_k: KeyEncoder, x_k: tf.Tensor, replica: Replica, seed: tf.Tensor, m
     The layers must be ShuffledBatchNorm: they normalise with what they are given and hand back what they observed.
     Until the ring holds a batch, the given statistics are the initial ones.
     """
-    step, size = seed[1], memory.ring[0].shape[0]
-    filled = tf.clip_by_value(step, 1, size)
-    drawn = tf.random.stateless_uniform([], seed, 0, filled, tf.int32, alg="philox")
-    given = [tf.gather(kept, drawn) for kept in memory.ring]
-    keys = in_order(f_k, x_k, replica, seed, memory._replace(key=given))
-    place = tf.reshape(step % size, [1, 1])
-    ring = [
-        tf.tensor_scatter_nd_update(kept, place, s[tf.newaxis]) for kept, s in zip(memory.ring, keys.stats, strict=True)
-    ]
-    return keys._replace(ring=ring)
+    step = seed[1]  # one batch is recorded at every step
+    keys = in_order(f_k, x_k, replica, seed, memory._replace(key=draw(memory.ring, step, seed)))
+    return keys._replace(ring=record(memory.ring, step, keys.stats))
 
 
 def key_encoding(mode: KeyBnMode, *, m: float = 0.999, hosts: int = 1) -> KeyEncoding:

@@ -12,8 +12,8 @@ from tensorflow_model_analysis import constants
 from tensorflow_model_analysis.metrics import metric_types
 
 from components.evaluator.config import EvaluateConfig
-from components.evaluator.knn import unit
 from components.evaluator.scorecard import METRICS, Embedded, score
+from trainer_module.knn import unit
 
 _FEATURES = ("image/sha256", "image/split", "image/label")
 _VECTORS = ("embedding", "untrained_embedding", "pixels")

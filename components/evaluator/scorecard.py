@@ -7,10 +7,10 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from components.evaluator import geometry
 from components.evaluator.config import EvaluateConfig
-from components.evaluator.knn import knn_top1, unit
 from components.evaluator.linear_probe import linear_top1
+from trainer_module import geometry
+from trainer_module.knn import knn_top1, unit
 
 RULES = ("finite_passed", "embedding_std_passed", "effective_rank_passed", "knn_gain_passed")
 METRICS = (

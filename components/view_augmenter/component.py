@@ -7,7 +7,7 @@ from tfx.types import standard_artifacts
 from components.view_augmenter.executor import Executor
 from components.view_augmenter.spec import ViewAugmenterSpec
 from trainer_module import config_json
-from trainer_module.config import AugmentConfig, ImageConfig
+from trainer_module.config import AugmentConfig, ImageConfig, SampleConfig
 
 
 class ViewAugmenter(base_beam_component.BaseBeamComponent):
@@ -20,6 +20,7 @@ class ViewAugmenter(base_beam_component.BaseBeamComponent):
             image=ImageConfig(storage_size=256),
             augment=AugmentConfig(size=224, pairs_per_image=4),
             seed=0,
+            sample=SampleConfig(bank=1000),
         )
         trainer = Trainer(examples=views.outputs["views"], run_fn="trainer_module.run_fn.run_fn", ...)
 
@@ -27,7 +28,9 @@ class ViewAugmenter(base_beam_component.BaseBeamComponent):
         images-SSSSS-of-NNNNN.tfrecord        `id` (hex SHA-256), `image` (PNG); unless augment.where is `beam`
         views-pPPPP-SSSSS-of-NNNNN.tfrecord   `id`, `query`, `key` (uint8 [size, size, 3], raw) of pair P; unless
                                               augment.where is `trainer`
-    Beside the split lies views.json, written last, which lists the files with their records and bytes.
+    Beside the split lie `watch/`, a small sample of the labelled images of both splits for the trainer's online kNN:
+        SPLIT-SSSSS-of-NNNNN.tfrecord         `id`, `image` (uint8 [size, size, 3], raw, the centre view), `label`
+    and views.json, written last, which lists the files with their records and bytes.
     """
 
     SPEC_CLASS = ViewAugmenterSpec
@@ -39,15 +42,17 @@ class ViewAugmenter(base_beam_component.BaseBeamComponent):
         image: ImageConfig,
         augment: AugmentConfig,
         seed: int,
+        sample: SampleConfig = SampleConfig(),  # noqa: B008  # frozen
         code: str = "",
     ):
         """Makes the node.
 
         Args:
-            examples: of ImageExampleGen; the split `train` is read.
+            examples: of ImageExampleGen; views are made of the split `train`, the sample is taken of `eval`, too.
             image: geometry of the stored image.
             augment: the recipe, how many pairs, and where they are made.
             seed: of the experiment.
+            sample: how many labelled images are kept for the online kNN.
             code: fingerprint of the code; it takes part in the cache key and in nothing else.
         """
         super().__init__(
@@ -56,6 +61,7 @@ class ViewAugmenter(base_beam_component.BaseBeamComponent):
                 image=config_json.dumps(image),
                 augment=config_json.dumps(augment),
                 seed=seed,
+                sample=config_json.dumps(sample),
                 code=code,
                 views=types.Channel(type=standard_artifacts.Examples),
             )

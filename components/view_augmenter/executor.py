@@ -9,7 +9,7 @@ import json
 import os
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import apache_beam as beam
@@ -23,8 +23,10 @@ from tfx.proto import example_gen_pb2
 from tfx.types import artifact_utils
 
 from components import disk
+from components.view_augmenter.files import Shard, compression, find_shards, serialise
+from components.view_augmenter.sample import SPLITS, SampleFile, SampleJob, TakeSample
 from trainer_module import config_json, progress
-from trainer_module.config import AugmentConfig, ImageConfig, Where
+from trainer_module.config import AugmentConfig, ImageConfig, SampleConfig, Where
 from trainer_module.images import stored_image
 from trainer_module.input import MANIFEST
 from trainer_module.views import view_pair
@@ -78,20 +80,6 @@ class Job:
 
 
 @dataclasses.dataclass(frozen=True)
-class Shard:
-    """One input file and its place among all of them."""
-
-    path: str
-    index: int
-    count: int
-
-    @property
-    def suffix(self) -> str:
-        """What the names of its output files end with."""
-        return f"{self.index:05d}-of-{self.count:05d}.tfrecord"
-
-
-@dataclasses.dataclass(frozen=True)
 class OutputFile:
     """A finished record file, as the manifest lists it."""
 
@@ -116,24 +104,33 @@ class Executor(base_beam_executor.BaseBeamExecutor):
         """
         self._log_startup(input_dict, output_dict, exec_properties)
         views = artifact_utils.get_single_instance(output_dict["views"])
-        shards = find_shards(artifact_utils.get_split_uri(input_dict["examples"], SPLIT))
         examples = artifact_utils.get_single_instance(input_dict["examples"])
-        job = make_job(exec_properties, views.uri, count_images(examples, shards))
-        check_space(job)
-        with _scratch_folder(job):
-            self._run(job, shards)
-            files = _read_file_list(job)
-        _write_json(f"{job.uri}/{MANIFEST}", make_manifest(job, files))
-        _describe_artifact(views, job, files)
+        shards = {split: find_shards(artifact_utils.get_split_uri(input_dict["examples"], split)) for split in SPLITS}
+        images = {split: count_images(examples, split, shards[split]) for split in SPLITS}
+        job = make_job(exec_properties, views.uri, images[SPLIT])
+        sample = make_sample_job(exec_properties, job, images)
+        check_space(job, sample.bytes())
+        with _scratch_folder(job, sample):
+            self._run(job, sample, shards)
+            files, sampled = _read_file_list(job), _read_sample_list(job)
+        _write_json(f"{job.uri}/{MANIFEST}", make_manifest(job, files, sampled))
+        _describe_artifact(views, job, [*files, *sampled])
 
-    def _run(self, job: Job, shards: list[Shard]) -> None:
+    def _run(self, job: Job, sample: SampleJob, shards: dict[str, list[Shard]]) -> None:
         with disk.fullness_told(job.uri), self._make_beam_pipeline() as pipeline:
             _ = (
                 pipeline
-                | "Shards" >> beam.Create(shards)
+                | "Shards" >> beam.Create(shards[SPLIT])
                 | "MakeViews" >> MakeViews(job)
                 | "ListFiles" >> beam.combiners.ToList()
-                | "WriteFileList" >> beam.Map(_write_file_list, job)
+                | "WriteFileList" >> beam.Map(_write_file_list, _file_list(job))
+            )
+            _ = (
+                pipeline
+                | "ShardsToSample" >> beam.Create([(split, shard) for split in SPLITS for shard in shards[split]])
+                | "TakeSample" >> TakeSample(sample)
+                | "ListSample" >> beam.combiners.ToList()
+                | "WriteSampleList" >> beam.Map(_write_file_list, _sample_list(job))
             )
 
 
@@ -208,7 +205,7 @@ class ViewStream:
         Raises:
             RuntimeError: a record cannot be decoded, which ingestion had proved.
         """
-        records = tf.data.TFRecordDataset(path, compression_type=_compression(path)).as_numpy_iterator()
+        records = tf.data.TFRecordDataset(path, compression_type=compression(path)).as_numpy_iterator()
         try:
             with concurrent.futures.ThreadPoolExecutor(self._threads) as pool:
                 images = self._ordered(pool, (functools.partial(self._read, record) for record in records))
@@ -320,7 +317,7 @@ class _ShardWriter:
         return [OutputFile(name, self._records[name], size) for name, size in zip(names, sizes, strict=True)]
 
     def _add(self, name: str, features: dict[str, bytes]) -> None:
-        self._writers[name].write(_serialise(features))
+        self._writers[name].write(serialise(features))
         self._records[name] += 1
 
     def _names(self) -> list[str]:
@@ -359,17 +356,17 @@ def make_job(exec_properties: dict[str, Any], uri: str, images: int) -> Job:
     return Job(uri.rstrip("/"), image, augment, exec_properties["seed"], images)
 
 
-def find_shards(folder: str) -> list[Shard]:
-    """The files of a split, in the order of their names."""
-    names = sorted(name for name in tf.io.gfile.listdir(folder) if not name.startswith("."))
-    return [Shard(f"{folder}/{name}", index, len(names)) for index, name in enumerate(names)]
+def make_sample_job(exec_properties: dict[str, Any], job: Job, images: dict[str, int]) -> SampleJob:
+    """The sample of the same artifact; `images` of each split."""
+    wanted = config_json.loads(SampleConfig, exec_properties["sample"])
+    return SampleJob(job.uri, job.scratch, job.image, job.augment, wanted, images)
 
 
-def count_images(examples: types.Artifact, shards: list[Shard]) -> int:
-    """Images of the train split: as ImageExampleGen noted them on the artifact, else counted."""
-    if examples.has_custom_property(SPLIT):
-        return examples.get_int_custom_property(SPLIT)
-    return sum(1 for shard in shards for _ in tf.data.TFRecordDataset(shard.path, _compression(shard.path)))
+def count_images(examples: types.Artifact, split: str, shards: list[Shard]) -> int:
+    """Images of a split: as ImageExampleGen noted them on the artifact, else counted."""
+    if examples.has_custom_property(split):
+        return examples.get_int_custom_property(split)
+    return sum(1 for shard in shards for _ in tf.data.TFRecordDataset(shard.path, compression(shard.path)))
 
 
 def needed_bytes(job: Job) -> int:
@@ -378,17 +375,22 @@ def needed_bytes(job: Job) -> int:
     return round(job.images * pixels * 3 * _SPACE_MARGIN)
 
 
-def check_space(job: Job) -> None:
+def check_space(job: Job, further: int = 0) -> None:
     """Refuses to start where the disk cannot hold what will be written.
+
+    Args:
+        job: what is to be done.
+        further: bytes that are written beside its files.
 
     Raises:
         UserError: names both figures.
     """
     mend = "lower augment.pairs_per_image, set augment.where=trainer, or use another --workdir"
-    disk.check_space(job.uri, needed_bytes(job), f"{job.pairs} pairs of views of {job.images} images", mend)
+    what = f"{job.pairs} pairs of views of {job.images} images"
+    disk.check_space(job.uri, needed_bytes(job) + further, what, mend)
 
 
-def make_manifest(job: Job, files: list[OutputFile]) -> dict[str, Any]:
+def make_manifest(job: Job, files: list[OutputFile], sampled: list[SampleFile]) -> dict[str, Any]:
     """The content of views.json."""
     return {
         "size": job.augment.size,
@@ -398,6 +400,7 @@ def make_manifest(job: Job, files: list[OutputFile]) -> dict[str, Any]:
         "where": job.augment.where.name,
         "seed": job.seed,
         "files": [dataclasses.asdict(file) for file in files],
+        "watch": [dataclasses.asdict(file) for file in sampled],
     }
 
 
@@ -415,13 +418,22 @@ def _read_file_list(job: Job) -> list[OutputFile]:
     return files
 
 
-def _write_file_list(files: list[OutputFile], job: Job) -> None:
+def _read_sample_list(job: Job) -> list[SampleFile]:
+    with tf.io.gfile.GFile(_sample_list(job)) as file:
+        return [SampleFile(**entry) for entry in json.load(file)]
+
+
+def _write_file_list(files: list[Any], path: str) -> None:
     ordered = sorted(files, key=lambda file: file.name)
-    _write_json(_file_list(job), [dataclasses.asdict(file) for file in ordered])
+    _write_json(path, [dataclasses.asdict(file) for file in ordered])
 
 
 def _file_list(job: Job) -> str:
     return f"{job.scratch}/files.json"
+
+
+def _sample_list(job: Job) -> str:
+    return f"{job.scratch}/sample.json"
 
 
 def _write_json(path: str, content: Any) -> None:
@@ -433,30 +445,19 @@ def _write_json(path: str, content: Any) -> None:
 
 
 @contextlib.contextmanager
-def _scratch_folder(job: Job) -> Iterator[None]:
-    tf.io.gfile.makedirs(job.split_folder)
-    tf.io.gfile.makedirs(job.scratch)
+def _scratch_folder(job: Job, sample: SampleJob) -> Iterator[None]:
+    for folder in (job.split_folder, sample.folder, job.scratch):
+        tf.io.gfile.makedirs(folder)
     try:
         yield
     finally:
         tf.io.gfile.rmtree(job.scratch)
 
 
-def _describe_artifact(views: types.Artifact, job: Job, files: list[OutputFile]) -> None:
+def _describe_artifact(views: types.Artifact, job: Job, files: Sequence[OutputFile | SampleFile]) -> None:
     """Sets what the following components read of the artifact, and the counts."""
     views.split_names = artifact_utils.encode_split_names([SPLIT])
     examples_utils.set_payload_format(views, example_gen_pb2.PayloadFormat.FORMAT_TF_EXAMPLE)
     views.set_int_custom_property("images", job.images)
     views.set_int_custom_property("pairs", job.images * job.pairs)
     views.set_int_custom_property("bytes", sum(file.bytes for file in files))
-
-
-def _compression(path: str) -> str:
-    return "GZIP" if path.endswith(".gz") else ""
-
-
-def _serialise(features: dict[str, bytes]) -> bytes:
-    example = tf.train.Example()
-    for name, value in features.items():
-        example.features.feature[name].bytes_list.value.append(value)
-    return example.SerializeToString(deterministic=True)

@@ -10,6 +10,7 @@ class ViewAugmenterSpec(ComponentSpec):
     PARAMETERS = {  # noqa: RUF012
         "image": ExecutionParameter(type=str),
         "augment": ExecutionParameter(type=str),
+        "sample": ExecutionParameter(type=str),
         "seed": ExecutionParameter(type=int),
         "code": ExecutionParameter(type=str),
     }

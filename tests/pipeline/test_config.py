@@ -71,6 +71,13 @@ def test_cifar_is_the_authors_notebook():
     assert (cifar.evaluate.knn_k, cifar.evaluate.knn_temperature) == (200, 0.1)
 
 
+@pytest.mark.parametrize("name", preset_names())
+def test_the_online_knn_is_the_evaluations(name):
+    config = load(name)
+    watch, evaluate = config.train.watch, config.evaluate
+    assert (watch.knn_k, watch.knn_temperature) == (evaluate.knn_k, evaluate.knn_temperature)
+
+
 def test_moco_v2_lists_every_key_so_that_it_can_be_looked_up():
     listed = yaml.safe_load((configuration.PRESETS / "moco_v2.yaml").read_text())
     settings_listed = {setting.key for setting in configuration._settings(listed, "")}

@@ -41,6 +41,12 @@ def record(task: str, done: int, total: int | None, unit: str = "steps", **figur
     return made
 
 
+def note(text: str) -> logging.LogRecord:
+    made = logging.LogRecord(LOGGER_NAME, logging.INFO, __file__, 1, "", None, None)
+    made.note = text
+    return made
+
+
 @pytest.fixture
 def lines():
     """A handler without a terminal, the clock that it goes by and what it wrote."""
@@ -48,6 +54,25 @@ def lines():
     handler = console.ProgressHandler(stream, terminal=False, clock=clock)
     yield handler, clock, lambda: stream.getvalue().splitlines()
     handler.close()
+
+
+def test_a_note_is_a_line_of_its_own_at_any_time(lines):
+    handler, _, written = lines
+    handler.handle(record("train", 1, 25))
+    handler.handle(note("collapse at step 2"))
+    handler.handle(note("leak at step 3"))
+    assert written()[1:] == ["collapse at step 2", "leak at step 3"]
+
+
+def test_a_note_stays_above_a_bar_that_goes_on():
+    stream = Terminal()
+    handler = console.ProgressHandler(stream, terminal=True)
+    handler.handle(record("train", 1, 25))
+    handler.handle(note("collapse at step 2"))
+    handler.handle(record("train", 2, 25))
+    handler.close()
+    assert "collapse at step 2\n" in stream.getvalue()
+    assert "1/25 steps" in stream.getvalue().split("collapse at step 2\n")[1]
 
 
 def test_plain_lines_are_the_first_one_each_ten_seconds_and_the_last(lines):

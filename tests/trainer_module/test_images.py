@@ -11,6 +11,7 @@ from PIL import Image
 
 from trainer_module import images
 from trainer_module.config import AugmentConfig, ImageConfig
+from trainer_module.errors import UserError
 
 SAMPLES = Path(__file__).resolve().parents[2] / "configs" / "demo_images"
 
@@ -192,3 +193,19 @@ def test_the_code_runs_in_tf_data_and_in_an_exported_graph(pictures: list[Image.
     for expected, streamed, encoded in zip(eager, mapped, data, strict=True):
         np.testing.assert_array_equal(streamed, expected)
         np.testing.assert_array_equal(loaded(tf.constant(encoded)), expected)
+
+
+@pytest.mark.parametrize(
+    ("mean", "variance"),
+    [
+        ((np.nan, 1.0, 1.0), (1.0, 1.0, 1.0)),
+        ((1.0, 1.0, 1.0), (1.0, np.inf, 1.0)),
+        ((1.0, 1.0, 1.0), (1.0, 1.0, -0.5)),
+        ((1.0, 1.0, 1.0), (1.0, np.nan, 1.0)),
+    ],
+)
+def test_channel_statistics_that_would_make_pixels_nan_are_refused_in_one_line(mean, variance):
+    images.check_channel_statistics((120.5, 99.0, 80.0), (0.0, 10.0, 3000.0))
+    with pytest.raises(UserError, match=r"channel statistics are no use: mean .*, variance .*; delete") as caught:
+        images.check_channel_statistics(mean, variance)
+    assert "\n" not in str(caught.value)

@@ -212,11 +212,12 @@ def test_a_png_whose_checksum_is_wrong_is_refused() -> None:
         (b"this is a text that somebody called broken.jpg", "not_an_image"),
         (b"\0" * 4096, "not_an_image"),
         (saved(picture(), "TIFF"), "not_an_image"),
+        (saved(Image.fromarray(np.full((9, 9), np.nan, np.float32)), "TIFF"), "not_an_image"),
         (b"\xff\xd8\xff", "damaged"),
         (saved(picture(7, 40), "PNG"), "too_small"),
         (saved(picture(40, 7), "JPEG"), "too_small"),
     ],
-    ids=["zero bytes", "text", "zeros", "tiff", "jpeg mark alone", "too flat", "too narrow"],
+    ids=["zero bytes", "text", "zeros", "tiff", "tiff of NaN", "jpeg mark alone", "too flat", "too narrow"],
 )
 def test_what_cannot_be_used_is_refused_with_its_reason(data: bytes, expected: str) -> None:
     assert reason(data) == expected

@@ -20,12 +20,12 @@ from PIL import Image
 from tfx.dsl.components.base.base_beam_executor import BaseBeamExecutor
 from tfx.types import artifact_utils, channel_utils, standard_artifacts
 
-from components.view_augmenter import executor
+from components.view_augmenter import executor, sample
 from components.view_augmenter.component import ViewAugmenter
 from trainer_module import config_json
-from trainer_module.config import AugmentConfig, ImageConfig, Where
+from trainer_module.config import AugmentConfig, ImageConfig, SampleConfig, Where
 from trainer_module.errors import UserError
-from trainer_module.images import stored_image
+from trainer_module.images import centre_view, eval_resize, stored_image
 from trainer_module.progress import LOGGER_NAME
 from trainer_module.views import view_pair
 
@@ -37,9 +37,9 @@ SEED = 5
 IMAGES = 12
 
 
-def sample_files() -> list[bytes]:
-    """PNG samples, every third of them as JPEG."""
-    with tarfile.open(sorted(SAMPLES.glob("*.tar"))[1]) as tar:
+def sample_files(split: str = "train") -> list[bytes]:
+    """PNG samples, every third of them as JPEG; other ones for each split."""
+    with tarfile.open(sorted(SAMPLES.glob("*.tar"))[{"train": 1, "eval": 2}[split]]) as tar:
         files = [tar.extractfile(member) for member in tar.getmembers()[: IMAGES * 30 : 30]]
         return [to_jpeg(file.read()) if n % 3 == 0 else file.read() for n, file in enumerate(files) if file]
 
@@ -50,21 +50,30 @@ def to_jpeg(png: bytes) -> bytes:
     return buffer.getvalue()
 
 
-def ingested(data: bytes) -> bytes:
+def ingested(data: bytes, label: bytes | None = None) -> bytes:
     features = {"image/encoded": data, "image/sha256": hashlib.sha256(data).hexdigest().encode()}
+    if label is not None:
+        features["image/label"] = label
     wrapped = {k: tf.train.Feature(bytes_list=tf.train.BytesList(value=[v])) for k, v in features.items()}
     return tf.train.Example(features=tf.train.Features(feature=wrapped)).SerializeToString()
 
 
-def make_examples(folder: Path, shards: int, compress: bool = False) -> standard_artifacts.Examples:
-    """An Examples artifact whose train split holds the samples in `shards` files."""
+def label_of(data: bytes) -> bytes:
+    return b"even" if hashlib.sha256(data).digest()[0] % 2 == 0 else b"odd"
+
+
+def make_examples(
+    folder: Path, shards: int, compress: bool = False, labels: bool = False
+) -> standard_artifacts.Examples:
+    """An Examples artifact whose splits each hold the samples in `shards` files; each fourth has no label."""
     artifact = standard_artifacts.Examples()
     artifact.uri = str(folder)
     artifact.split_names = artifact_utils.encode_split_names(["train", "eval"])
-    records = [ingested(data) for data in sample_files()]
-    per_shard = -(-len(records) // shards)
     for split in ("train", "eval"):
         (folder / f"Split-{split}").mkdir(parents=True)
+        files = enumerate(sample_files(split))
+        records = [ingested(data, label_of(data) if labels and n % 4 else None) for n, data in files]
+        per_shard = -(-len(records) // shards)
         for n in range(shards):
             suffix = ".gz" if compress else ""
             path = folder / f"Split-{split}" / f"images-{n:05d}-of-{shards:05d}.tfrecord{suffix}"
@@ -89,6 +98,7 @@ def run(
         "image": config_json.dumps(IMAGE),
         "augment": config_json.dumps(augment),
         "seed": SEED,
+        "sample": config_json.dumps(SampleConfig()),
         "code": "",
     }
     executor.Executor(context).Do({"examples": [examples]}, {"views": [views]}, properties)
@@ -109,6 +119,19 @@ def manifest(views: standard_artifacts.Examples) -> dict[str, Any]:
     return json.loads(Path(views.uri, "views.json").read_text())
 
 
+def sample_rows(views: standard_artifacts.Examples, split: str) -> list[dict[str, bytes]]:
+    """What the manifest lists of a split's sample, by id."""
+    rows = []
+    for entry in manifest(views)["watch"]:
+        path = Path(views.uri, entry["name"])
+        assert path.stat().st_size == entry["bytes"]
+        records = [tf.train.Example.FromString(r) for r in tf.data.TFRecordDataset(str(path)).as_numpy_iterator()]
+        assert len(records) == entry["records"] > 0
+        if entry["split"] == split:
+            rows += [{name: f.bytes_list.value[0] for name, f in r.features.feature.items()} for r in records]
+    return sorted(rows, key=lambda row: row["id"])
+
+
 def tree(folder: str) -> set[str]:
     return {str(path.relative_to(folder)) for path in Path(folder).rglob("*") if path.is_file()}
 
@@ -120,7 +143,7 @@ def one_shard(tmp_path_factory: pytest.TempPathFactory) -> standard_artifacts.Ex
 
 @pytest.fixture(scope="module")
 def both(tmp_path_factory: pytest.TempPathFactory) -> standard_artifacts.Examples:
-    return run(tmp_path_factory.mktemp("both"), dataclasses.replace(AUGMENT, where=Where.both), shards=3)
+    return run(tmp_path_factory.mktemp("both"), dataclasses.replace(AUGMENT, where=Where.both), shards=3, labels=True)
 
 
 def test_views_are_the_recipes_of_every_image_in_the_order_of_the_shard(one_shard: standard_artifacts.Examples) -> None:
@@ -136,12 +159,14 @@ def test_views_are_the_recipes_of_every_image_in_the_order_of_the_shard(one_shar
 
 @pytest.mark.parametrize("compress", [False, True])
 def test_bytes_do_not_depend_on_shards_bundles_or_threads(
-    one_shard: standard_artifacts.Examples, tmp_path: Path, compress: bool
+    one_shard: standard_artifacts.Examples, both: standard_artifacts.Examples, tmp_path: Path, compress: bool
 ) -> None:
     args = ("--direct_num_workers=2", "--direct_running_mode=multi_threading")
-    split = run(tmp_path, shards=5, beam_args=args, compress=compress)
+    made = run(tmp_path, shards=5, beam_args=args, compress=compress, labels=True)
     for pair in range(AUGMENT.pairs_per_image):
-        assert read(split, f"views-p{pair:04d}-") == read(one_shard, f"views-p{pair:04d}-")
+        assert read(made, f"views-p{pair:04d}-") == read(one_shard, f"views-p{pair:04d}-")
+    for split in ("train", "eval"):
+        assert sample_rows(made, split) == sample_rows(both, split)
 
 
 def test_a_single_pair_is_the_first_of_several(one_shard: standard_artifacts.Examples, tmp_path: Path) -> None:
@@ -174,12 +199,57 @@ def test_the_trainer_would_make_the_same_views_from_the_stored_images(both: stan
 def test_the_manifest_lists_exactly_the_files_there_are(both: standard_artifacts.Examples) -> None:
     content = manifest(both)
     files = {f"Split-train/{file['name']}": file for file in content["files"]}
-    assert tree(both.uri) == {"views.json", *files}
+    assert tree(both.uri) == {"views.json", *files, *(file["name"] for file in content["watch"])}
     for path, file in files.items():
         assert Path(both.uri, path).stat().st_size == file["bytes"]
         assert sum(1 for _ in tf.data.TFRecordDataset(str(Path(both.uri, path)))) == file["records"]
     expected = {"size": 32, "storage_size": 48, "images": IMAGES, "pairs_per_image": 2, "where": "both", "seed": SEED}
     assert {name: content[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize("split", ["train", "eval"])
+def test_the_sample_holds_the_centre_views_and_labels_of_both_splits(
+    both: standard_artifacts.Examples, split: str
+) -> None:
+    expected = []
+    for n, data in enumerate(sample_files(split)):
+        image = stored_image(tf.constant(data), IMAGE)
+        view = np.floor(centre_view(image, eval_resize(IMAGE, AUGMENT), AUGMENT.size).numpy() + 0.5).astype(np.uint8)
+        if n % 4:
+            identity = hashlib.sha256(data).hexdigest().encode()
+            expected.append({"id": identity, "image": view.tobytes(), "label": label_of(data)})
+    assert sample_rows(both, split) == sorted(expected, key=lambda row: row["id"])
+
+
+def test_the_sample_is_of_the_lowest_hashes(both: standard_artifacts.Examples, tmp_path: Path) -> None:
+    examples = make_examples(tmp_path / "examples", 2, labels=True)
+    for folder in ("watch", ".scratch"):
+        (tmp_path / "views" / folder).mkdir(parents=True)
+    wanted = SampleConfig(bank=1, queries=1)
+    counts = {"train": IMAGES, "eval": IMAGES}
+    job = sample.SampleJob(str(tmp_path / "views"), str(tmp_path / "views/.scratch"), IMAGE, AUGMENT, wanted, counts)
+    function = sample.TakeSampleFn(job)
+    function.setup()
+    shards = executor.find_shards(f"{examples.uri}/Split-train")
+    files = [[file for shard in shards for file in function.process(("train", shard))] for _ in range(2)]
+    assert files[0] == files[1]  # a bundle that is retried leaves the same files
+    paths = [f"{job.uri}/{file.name}" for file in files[0]]
+    found = sorted(tf.data.TFRecordDataset(paths).as_numpy_iterator())
+    ids = sorted(tf.train.Example.FromString(record).features.feature["id"].bytes_list.value[0] for record in found)
+    assert 1 <= len(ids) < IMAGES * 3 // 4
+    assert ids == [row["id"] for row in sample_rows(both, "train")][: len(ids)]
+    assert not list(Path(job.scratch).iterdir())
+
+
+def test_an_unlabelled_set_has_no_sample(one_shard: standard_artifacts.Examples) -> None:
+    assert manifest(one_shard)["watch"] == []
+    assert not list(Path(one_shard.uri, "watch").iterdir())
+
+
+def test_the_eval_split_is_in_no_view(both: standard_artifacts.Examples) -> None:
+    trained = {row["id"] for row in read(both, "views-")}
+    assert trained == {hashlib.sha256(data).hexdigest().encode() for data in sample_files()}
+    assert not trained & {row["id"] for row in sample_rows(both, "eval")}
 
 
 def test_the_artifact_says_its_split_and_counts(one_shard: standard_artifacts.Examples) -> None:
@@ -210,7 +280,8 @@ def test_an_unreadable_record_is_an_error_of_ours_and_nothing_counts_as_done(tmp
         writer.write(ingested(b"\xff\xd8\xff broken"))
     views = standard_artifacts.Examples()
     views.uri = str(tmp_path / "views")
-    properties = {"image": config_json.dumps(IMAGE), "augment": config_json.dumps(AUGMENT), "seed": 0, "code": ""}
+    parts = {"image": IMAGE, "augment": AUGMENT, "sample": SampleConfig()}
+    properties = {name: config_json.dumps(part) for name, part in parts.items()} | {"seed": 0, "code": ""}
     context = BaseBeamExecutor.Context(beam_pipeline_args=[RUNNER], tmp_dir=str(tmp_path))
     with pytest.raises(Exception, match="cannot be read, though ingestion proved it") as caught:
         executor.Executor(context).Do({"examples": [examples]}, {"views": [views]}, properties)
@@ -244,7 +315,9 @@ def test_progress_counts_up_to_all_pairs(tmp_path: Path, caplog: pytest.LogCaptu
 
 def test_the_component_passes_its_configuration_as_plain_json() -> None:
     examples = channel_utils.as_channel([standard_artifacts.Examples()])
-    node = ViewAugmenter(examples=examples, image=IMAGE, augment=AUGMENT, seed=SEED, code="abc")
+    wanted = SampleConfig(bank=7)
+    node = ViewAugmenter(examples=examples, image=IMAGE, augment=AUGMENT, seed=SEED, sample=wanted, code="abc")
+    assert config_json.loads(SampleConfig, node.exec_properties["sample"]) == wanted
     assert config_json.loads(AugmentConfig, node.exec_properties["augment"]) == AUGMENT
     assert config_json.loads(ImageConfig, node.exec_properties["image"]) == IMAGE
     assert (node.exec_properties["seed"], node.exec_properties["code"]) == (SEED, "abc")

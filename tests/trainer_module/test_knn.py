@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.neighbors import KNeighborsClassifier
 
-from components.evaluator.knn import knn_predict, knn_top1, unit
+from trainer_module.knn import knn_predict, knn_top1, unit
 
 
 def draw(seed: int, rows: int, dim: int = 8) -> np.ndarray:

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from components.evaluator.geometry import effective_rank, embedding_std, uniformity
-from components.evaluator.knn import unit
+from trainer_module.geometry import effective_rank, embedding_std, uniformity
+from trainer_module.knn import unit
 
 
 def draw(seed: int, rows: int, dim: int) -> np.ndarray:
