@@ -211,9 +211,8 @@ An image that cannot be read gets a row with its error and never stops the rest.
 
 def _add_weights(parser: argparse.ArgumentParser) -> None:
     parser.description = """\
-Writes the weights of a published encoder for use in PyTorch: a ResNet's in torchvision's names and layouts. They are the
-backbone's; images must be normalised as its serving_default does. Such a file, or one converted from PyTorch, is also
-what encoder.weights takes as a starting point."""
+Writes the weights of a published encoder, which is the backbone without a head, for use in PyTorch: those of a ResNet
+have torchvision's names and layouts. Such a file is also what the setting encoder.weights takes to start from."""
     parser.epilog = """\
 example:
   ./moco weights --model moco-demo/serving/encoder --out encoder.safetensors

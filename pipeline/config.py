@@ -575,7 +575,7 @@ def _impossible_encoder(config: Config) -> Iterator[str]:
     for key in _RESNET_ONLY if _is_dotted(encoder.name) else ():
         if values[key] != _schema()[key].default:
             default = _show(_schema()[key].default)
-            yield f"{key}={_show(values[key])} is of ResNets only, not of encoder.name={encoder.name}; leave {key}={default}"
+            yield f"{key}={_show(values[key])} says nothing of encoder.name={encoder.name}; leave {key}={default}"
     if encoder.weights:
         from trainer_module.torch_weights import check_suffix
 

@@ -41,7 +41,8 @@ def write(model: str, out: str) -> Summary:
         UserError: model or out cannot be used.
     """
     check_out(out, ".npz", ".safetensors")
-    variables = load_encoder(model).model.signatures["serving_default"].variables
+    loaded = load_encoder(model).model  # kept, since its signatures do not keep the variables alive
+    variables = loaded.signatures["serving_default"].variables
     named = {variable.name.partition(":")[0]: variable.numpy() for variable in variables}
     if len(named) < len(variables) or not all("/" in name for name in named):
         raise UserError(f"--model {model}: its variables have no names, as it is of an older release; train it anew")

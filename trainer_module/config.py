@@ -121,7 +121,7 @@ class EncoderConfig:
         width: channels of a ResNet's first stage (64 in the paper).
         head: projection head.
         dim: size of an embedding that the loss sees (128 in the paper).
-        weights: .safetensors or .npz with initial weights, in torchvision's or a MoCo checkpoint's names; empty: random.
+        weights: .safetensors or .npz with initial weights in torchvision's or a MoCo checkpoint's names; empty: random.
     """
 
     name: str = "resnet50"

@@ -61,7 +61,9 @@ def _construct(name: str, size: int) -> keras.Model:
     function = _find(name)
     accepted = inspect.signature(function).parameters if callable(function) else {}
     if "input_shape" not in accepted:
-        raise UserError(f"encoder.name={name} is no function that takes input_shape and returns a keras.Model; {_hint(name)}")
+        raise UserError(
+            f"encoder.name={name} is no function that takes input_shape and returns a keras.Model; {_hint(name)}"
+        )
     wanted = {
         "input_shape": (size, size, 3),
         "include_top": False,

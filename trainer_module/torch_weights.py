@@ -44,7 +44,17 @@ _KINDS = {
 }
 _COUNTER = "num_batches_tracked"
 _AXES = {4: (3, 2, 0, 1), 2: (1, 0)}  # of a kernel, to PyTorch's
-_DTYPES = {"F64": "f8", "F32": "f4", "F16": "f2", "I64": "i8", "I32": "i4", "I16": "i2", "I8": "i1", "U8": "u1", "BOOL": "?"}
+_DTYPES = {
+    "F64": "f8",
+    "F32": "f4",
+    "F16": "f2",
+    "I64": "i8",
+    "I32": "i4",
+    "I16": "i2",
+    "I8": "i1",
+    "U8": "u1",
+    "BOOL": "?",
+}
 
 
 # Names and layouts.
@@ -281,7 +291,9 @@ def _prefix(wanted: Iterable[str], tensors: Mapping[str, np.ndarray], place: str
         if any(f"{prefix}{name}" in tensors for name in names):
             return prefix
     some = ", ".join(list(tensors)[:3]) or "none"
-    raise UserError(f"{place}: holds no tensor of this encoder, such as {names[0]} or {QUERY}{names[0]}; it has: {some}")
+    raise UserError(
+        f"{place}: holds no tensor of this encoder, such as {names[0]} or {QUERY}{names[0]}; it has: {some}"
+    )
 
 
 def _refuse_more(
