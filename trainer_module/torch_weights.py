@@ -25,6 +25,7 @@ from trainer_module.errors import UserError
 if TYPE_CHECKING:
     import keras
 
+    from trainer_module.config import EncoderConfig
     from trainer_module.encoder import Encoder
     from trainer_module.moco import State
 
@@ -226,6 +227,26 @@ def _array(name: str, dtype: str, shape: list[int], data: bytes) -> np.ndarray:
 
 
 # Into a model.
+
+
+def check_encoder(config: "EncoderConfig", size: int) -> None:
+    """Builds an encoder of a Keras model or of given weights for trial, so that a fault is known before a long run.
+
+    Args:
+        config: the architecture.
+        size: side of the input image in pixels.
+
+    Raises:
+        UserError: see build_encoder and load_initial_weights.
+    """
+    from trainer_module.config import Precision
+    from trainer_module.encoder import BLOCKS, build_encoder
+
+    if config.name in BLOCKS and not config.weights:
+        return
+    encoder = build_encoder(config, size, Precision.float32, seed=0)
+    if config.weights:
+        load_initial_weights(encoder, config.weights)
 
 
 def load_initial_weights(encoder: "Encoder", path: str) -> None:

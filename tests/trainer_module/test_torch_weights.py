@@ -1,5 +1,6 @@
 """Weights of PyTorch: the same features as there from the same weights, names, layouts, files, refusals."""
 
+import dataclasses
 import json
 import logging
 
@@ -15,6 +16,7 @@ from trainer_module.errors import UserError
 from trainer_module.moco import initial_state
 from trainer_module.torch_weights import (
     QUERY,
+    check_encoder,
     digest,
     load_backbone,
     load_initial_weights,
@@ -195,6 +197,18 @@ def test_weights_of_another_architecture_are_refused_with_the_key_that_mends_it(
     text = refused(small(), path)
     for word in words:
         assert word in text
+
+
+def test_a_trial_refuses_what_the_trainer_would(tmp_path):
+    path = str(tmp_path / "weights.npz")
+    write_tensors(path, torch_tensors(values(small().backbone)))
+    check_encoder(dataclasses.replace(SMALL, weights=path), 32)
+    with pytest.raises(UserError, match=r"encoder\.width=4"):
+        check_encoder(dataclasses.replace(SMALL, weights=path, width=8), 32)
+    with pytest.raises(UserError, match="no such file"):
+        check_encoder(dataclasses.replace(SMALL, weights="/nowhere/x.npz"), 32)
+    with pytest.raises(UserError, match="cannot be imported"):
+        check_encoder(EncoderConfig("nowhere.at.all"), 32)
 
 
 def test_a_missing_tensor_is_named(tmp_path):
