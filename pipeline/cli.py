@@ -73,7 +73,7 @@ def _dispatch(arguments: list[str]) -> int:
         options = _parse(arguments)
     except SystemExit as end:  # argparse leaves so after --help
         return int(end.code or 0)
-    command = {"demo": _demo, "run": _run, "embed": _embed, "bench": _bench}[options.command]
+    command = {"demo": _demo, "run": _run, "embed": _embed, "weights": _weights, "bench": _bench}[options.command]
     return command(options)
 
 
@@ -209,6 +209,20 @@ An image that cannot be read gets a row with its error and never stops the rest.
     _add_talk(parser)
 
 
+def _add_weights(parser: argparse.ArgumentParser) -> None:
+    parser.description = """\
+Writes the weights of a published encoder, which is the backbone without a head, for use in PyTorch: those of a ResNet
+have torchvision's names and layouts. Such a file is also what the setting encoder.weights takes to start from."""
+    parser.epilog = """\
+example:
+  ./moco weights --model moco-demo/serving/encoder --out encoder.safetensors
+then, in Python:
+  model.load_state_dict(safetensors.torch.load_file("encoder.safetensors"), strict=False)  # all but fc"""
+    parser.add_argument("--model", required=True, metavar="DIR", help="as for './moco embed'")
+    parser.add_argument("--out", required=True, metavar="FILE", help="FILE.safetensors or FILE.npz")
+    _add_talk(parser)
+
+
 def _add_bench(parser: argparse.ArgumentParser) -> None:
     names = bench.available()
     width = max(map(len, names), default=0)
@@ -231,6 +245,7 @@ _COMMANDS = {
     "run": (_add_run, "the whole pipeline on your images"),
     "test": (_add_test, "the project's tests"),
     "embed": (_add_embed, "embed images with a published encoder"),
+    "weights": (_add_weights, "write a published encoder's weights for PyTorch"),
     "bench": (_add_bench, "measure speed and memory"),
 }
 
@@ -286,6 +301,16 @@ def _embed(options: argparse.Namespace) -> int:
 
     with console.progress_shown():
         console.line(str(embed.embed(options.model, options.images, options.out, options.batch)))
+    return DONE
+
+
+def _weights(options: argparse.Namespace) -> int:
+    from pipeline import console
+
+    console.quiet(options.verbose)
+    from pipeline import weights
+
+    console.line(str(weights.write(options.model, options.out)))
     return DONE
 
 

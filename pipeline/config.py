@@ -11,6 +11,7 @@ import enum
 import functools
 import itertools
 import math
+import os
 import re
 import types
 import typing
@@ -167,6 +168,16 @@ RANGES: Mapping[str, Range] = {
 
 CHOICES: Mapping[str, tuple[str, ...]] = {"encoder.name": ("resnet18", "resnet34", "resnet50", "resnet101")}
 
+# What a key takes besides its choices: a pattern, and an example of it. The Trainer alone can import such a name.
+_OR_ELSE: Mapping[str, tuple[re.Pattern[str], str]] = {
+    "encoder.name": (re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", re.ASCII), "keras.applications.EfficientNetV2B0")
+}
+
+# Sections that take one text for one of their keys: `encoder: resnet18`.
+_SHORTHANDS: Mapping[str, str] = {"encoder": "encoder.name"}
+
+_RESNET_ONLY = ("encoder.stem", "encoder.width")
+
 # What other programs call our keys, for "did you mean".
 _ALSO_CALLED: Mapping[str, str] = {
     "batch": "train.global_batch",
@@ -179,6 +190,8 @@ _ALSO_CALLED: Mapping[str, str] = {
     "wd": "train.weight_decay",
     "arch": "encoder.name",
     "model": "encoder.name",
+    "backbone": "encoder.name",
+    "pretrained": "encoder.weights",
 }
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
@@ -198,8 +211,8 @@ def load(preset_or_file: str, overrides: Sequence[str] = ()) -> Config:
     Raises:
         UserError: whatever is wrong, in one line.
     """
-    settings = _from_file_or_preset(preset_or_file)
-    config = _build([*settings, *_from_overrides(overrides)])
+    settings = [*_from_file_or_preset(preset_or_file), *_from_overrides(overrides)]
+    config = _build(_without_former_resnet(settings))
     validate(config)
     return config
 
@@ -340,11 +353,30 @@ def _settings(content: Mapping[Any, Any], place: str, prefix: str = "") -> list[
     settings: list[_Setting] = []
     for name, value in content.items():
         key = f"{prefix}{name}"
+        if isinstance(value, str):
+            key = _SHORTHANDS.get(key, key)
         if isinstance(value, dict) and key not in _schema() and (value or key in _sections()):
             settings += _settings(value, place, f"{key}.")
         else:
             settings.append(_Setting(key, value, place))
     return settings
+
+
+def _without_former_resnet(settings: list[_Setting]) -> list[_Setting]:
+    """Where a Keras model takes the place of an earlier source's ResNet, that source's stem and width go with it."""
+    named = [at for at, setting in enumerate(settings) if setting.key == "encoder.name"]
+    if not named or not _is_dotted(settings[named[-1]].value):
+        return settings
+    last, place = named[-1], settings[named[-1]].place
+    return [
+        setting
+        for at, setting in enumerate(settings)
+        if setting.key not in _RESNET_ONLY or at > last or setting.place == place
+    ]
+
+
+def _is_dotted(encoder: Any) -> bool:
+    return isinstance(encoder, str) and _OR_ELSE["encoder.name"][0].fullmatch(encoder) is not None
 
 
 # Building: OmegaConf converts each setting to the type that the dataclasses state.
@@ -489,9 +521,10 @@ def _check_value(key: str, value: Any) -> None:
     if key == "name" and not _NAME.fullmatch(value):
         mend = re.sub(r"[^A-Za-z0-9_.-]+", "-", value).strip("-._")[:63] or "moco"
         raise UserError(f"name={_show(value)} must be 1 to 63 letters, digits, '.', '-' or '_'; e.g. name={mend}")
-    if key in CHOICES and value not in CHOICES[key]:
+    if key in CHOICES and value not in CHOICES[key] and not (key in _OR_ELSE and _OR_ELSE[key][0].fullmatch(value)):
         names = _by_nearness(value, CHOICES[key])
-        raise UserError(f"{key}={_show(value)} is not one of {', '.join(names)}; e.g. {key}={names[0]}")
+        other = f", nor a name such as {_OR_ELSE[key][1]}" if key in _OR_ELSE else ""
+        raise UserError(f"{key}={_show(value)} is not one of {', '.join(names)}{other}; e.g. {key}={names[0]}")
     if key in RANGES and value is not None:
         items = value if isinstance(value, tuple) else (value,)
         if not all(RANGES[key].admits(item) for item in items):
@@ -513,6 +546,7 @@ def _impossible(config: Config) -> Iterator[str]:
     yield from _disordered(config)
     yield from _impossible_images(config)
     yield from _impossible_views(config)
+    yield from _impossible_encoder(config)
     yield from _impossible_training(config)
 
 
@@ -561,6 +595,21 @@ def _impossible_views(config: Config) -> Iterator[str]:
             f"augment.blur_probability={augment.blur_probability} has no place in augment.order=v1 (no blur there); "
             "e.g. augment.blur_probability=0, or augment.order=v2"
         )
+
+
+def _impossible_encoder(config: Config) -> Iterator[str]:
+    encoder, values = config.encoder, dict(_leaves(config))
+    for key in _RESNET_ONLY if _is_dotted(encoder.name) else ():
+        if values[key] != _schema()[key].default:
+            default = _show(_schema()[key].default)
+            yield f"{key}={_show(values[key])} says nothing of encoder.name={encoder.name}; leave {key}={default}"
+    if encoder.weights:
+        from trainer_module.torch_weights import check_suffix
+
+        check_suffix(encoder.weights, f"encoder.weights={_show(encoder.weights)}")
+        # What is on gs:// is looked for by who reads it: that takes TensorFlow.
+        if "://" not in encoder.weights and not os.path.isfile(os.path.expanduser(encoder.weights)):
+            yield f"encoder.weights={_show(encoder.weights)}: there is no such file"
 
 
 def _impossible_training(config: Config) -> Iterator[str]:

@@ -100,7 +100,7 @@ def embed(model: str, images: str, out: str, batch: int = 64) -> Summary:
     """
     if batch < 1:
         raise UserError(f"--batch {batch} must be at least 1; e.g. --batch 64")
-    _check_out(out)
+    check_out(out, ".npz", ".parquet")
     sources.check(images)
     encoder = load_encoder(model)
     start = time.monotonic()
@@ -238,16 +238,27 @@ class _Writer(Protocol):
     def write(self, rows: Sequence[Row]) -> None: ...
 
 
-def _check_out(out: str) -> None:
+def check_out(out: str, *suffixes: str) -> None:
+    """Refuses a file that cannot be written.
+
+    Args:
+        out: what was typed after --out.
+        suffixes: of which it must have one; the last makes the example.
+
+    Raises:
+        UserError: another suffix, a remote path, a folder, or a folder above it that is missing or not writable.
+    """
     path = Path(out)
     if "://" in out:
-        raise UserError(f"--out {out}: must be on this machine, e.g. --out {path.name or 'embeddings.parquet'}")
-    if path.suffix not in (".npz", ".parquet"):
-        raise UserError(f"--out {out}: must end in .npz or .parquet, e.g. --out {path.stem or 'embeddings'}.parquet")
+        raise UserError(f"--out {out}: must be on this machine, e.g. --out {path.name or f'out{suffixes[-1]}'}")
+    if path.suffix not in suffixes:
+        raise UserError(
+            f"--out {out}: must end in {' or '.join(suffixes)}, e.g. --out {path.stem or 'out'}{suffixes[-1]}"
+        )
     if not path.parent.is_dir():
         raise UserError(f"--out {out}: the folder {path.parent} does not exist; make it first")
     if path.is_dir():
-        raise UserError(f"--out {out}: is a folder; name a file, e.g. --out {path / 'embeddings.parquet'}")
+        raise UserError(f"--out {out}: is a folder; name a file, e.g. --out {path / f'out{suffixes[-1]}'}")
     if not os.access(path.parent, os.W_OK | os.X_OK):
         raise UserError(f"--out {out}: the folder {path.parent} is not writable; choose another")
 

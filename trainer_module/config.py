@@ -121,11 +121,13 @@ class EncoderConfig:
     """Architecture of f_q and f_k.
 
     Attributes:
-        name: resnet18, resnet34, resnet50 or resnet101.
-        stem: first layers.
-        width: channels of the first stage (64 in the paper).
+        name: resnet18, resnet34, resnet50 or resnet101; or the dotted name of a function that returns a Keras 3 model,
+            such as keras.applications.EfficientNetV2B0.
+        stem: first layers of a ResNet.
+        width: channels of a ResNet's first stage (64 in the paper).
         head: projection head.
         dim: size of an embedding that the loss sees (128 in the paper).
+        weights: .safetensors or .npz with initial weights in torchvision's or a MoCo checkpoint's names; empty: random.
     """
 
     name: str = "resnet50"
@@ -133,6 +135,7 @@ class EncoderConfig:
     width: int = 64
     head: Head = Head.v2
     dim: int = 128
+    weights: str = ""
 
 
 @dataclasses.dataclass(frozen=True)

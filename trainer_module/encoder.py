@@ -1,7 +1,8 @@
-"""ResNet encoders f_q and f_k for MoCo, in torchvision's shape (v1.5: the stride is in the 3x3 convolution).
+"""Encoders f_q and f_k for MoCo: ResNets in torchvision's shape, or any Keras 3 model, with MoCo's head.
 
-Layer names are torchvision's (`layer1.0.conv1`), so that weights map one to one. Convolutions have no bias and pad
-symmetrically, batch normalisation has eps 1e-5 and momentum 0.9 in Keras's sense (0.1 in PyTorch's).
+ResNets are v1.5: the stride is in the 3x3 convolution. Their layer names are torchvision's (`layer1.0.conv1`), so that
+weights map one to one. Convolutions have no bias and pad symmetrically, batch normalisation has eps 1e-5 and momentum
+0.9 in Keras's sense (0.1 in PyTorch's).
 """
 
 import dataclasses
@@ -13,6 +14,7 @@ import numpy as np
 
 from trainer_module.batch_norm import FusedBatchNormalization
 from trainer_module.config import EncoderConfig, Head, Precision, Stem
+from trainer_module.keras_models import keras_features
 
 BLOCKS = {"resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3), "resnet50": (3, 4, 6, 3), "resnet101": (3, 4, 23, 3)}
 BOTTLENECK = ("resnet50", "resnet101")
@@ -46,15 +48,22 @@ def build_encoder(
         size: side of the input image in pixels.
         precision: type of the activations.
         seed: of the initial weights; the same seed gives the same weights.
-        batch_norm: makes a batch normalisation layer, given `name` and `dtype`.
+        batch_norm: makes a batch normalisation layer, given `name` and `dtype`, and for a Keras model its `momentum`
+            and `epsilon`.
 
     Returns:
         The encoder; its input is float32[N, size, size, 3], normalised, its outputs are float32.
+
+    Raises:
+        UserError: config.name is the dotted name of what cannot be an encoder of such images.
     """
     layers = _Layers("mixed_bfloat16" if precision is Precision.bfloat16 else "float32", seed, batch_norm)
-    image = keras.Input((size, size, 3), name="image")
-    features = _resnet(layers, image, config)
-    features = keras.layers.GlobalAveragePooling2D(name="avgpool", dtype="float32")(features)
+    if config.name in BLOCKS:
+        image = keras.Input((size, size, 3), name="image")
+        features = _resnet(layers, image, config)
+    else:
+        image, features = keras_features(config.name, size, layers.dtype, layers.seeds, batch_norm)
+    features = _pool(features)
     return Encoder(
         model=keras.Model(image, _head(layers, features, config), name="encoder"),
         backbone=keras.Model(image, features, name="backbone"),
@@ -147,6 +156,12 @@ def _shortcut(layers: _Layers, x: keras.KerasTensor, filters: int, stride: int, 
 
 def _join(layers: _Layers, shortcut: keras.KerasTensor, y: keras.KerasTensor, name: str) -> keras.KerasTensor:
     return layers.relu(keras.layers.Add(name=name + ".add", dtype=layers.dtype)([shortcut, y]), name + ".relu")
+
+
+def _pool(features: keras.KerasTensor) -> keras.KerasTensor:
+    if len(features.shape) == 2:  # the model pools by itself
+        return keras.layers.Identity(name="avgpool", dtype="float32")(features)
+    return keras.layers.GlobalAveragePooling2D(name="avgpool", dtype="float32")(features)
 
 
 def _head(layers: _Layers, features: keras.KerasTensor, config: EncoderConfig) -> keras.KerasTensor:

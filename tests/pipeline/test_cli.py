@@ -14,7 +14,7 @@ from pipeline import bench, cli
 from trainer_module.errors import UserError
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = ["demo", "run", "test", "embed", "bench"]
+COMMANDS = ["demo", "run", "test", "embed", "weights", "bench"]
 HEAVY = ("tensorflow", "tfx", "apache_beam", "pandas", "keras", "ml_metadata", "pyarrow")
 
 
@@ -70,6 +70,11 @@ def test_the_help_of_bench_lists_the_benchmarks_that_there_are(capsys):
         ["--help"],
         ["run", "--help"],
         ["embed", "--help"],
+        ["weights", "--help"],
+        ["weights", "--model", "x", "--out", "y.pth"],
+        ["weights", "--model", "/nowhere", "--out", "y.npz"],
+        ["run", "--images", "x", "--workdir", "y", "--set", "encoder.weights=y.pth"],
+        ["run", "--images", "x", "--workdir", "y", "--set", "encoder=keras.nothing", "--set", "encoder.width=8"],
         ["bench", "--help"],
         ["rnu"],
         ["run"],
@@ -94,7 +99,7 @@ def test_help_and_refusals_import_nothing_heavy(arguments):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ([], ["no command", "demo, run, test, embed, bench"]),
+        ([], ["no command", "demo, run, test, embed, weights, bench"]),
         (["rnu"], ["'rnu'", "did you mean run?"]),
         (["--debgu"], ["--debgu", "the command comes first"]),
         (["run"], ["--images", "--workdir", "./moco run --help"]),

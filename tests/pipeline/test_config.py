@@ -94,6 +94,26 @@ def test_a_file_changes_the_preset_that_it_names_and_set_wins_over_the_file(tmp_
     assert (config.name, config.train.epochs, config.train.queue, config.train.momentum) == ("my-photos", 9, 8192, 0.99)
 
 
+@pytest.mark.parametrize("shorthand", [True, False])
+def test_a_keras_model_takes_the_place_of_the_presets_resnet_with_its_stem_and_width(tmp_path: Path, shorthand):
+    model = "keras.applications.EfficientNetV2B0"
+    file = tmp_path / "own.yaml"
+    file.write_text(f"preset: demo\nencoder: {model if shorthand else f'{{name: {model}, dim: 64}}'}\n")
+    encoder = load("demo", [f"encoder={model}" if shorthand else f"encoder={{name: {model}, dim: 64}}"]).encoder
+    assert (encoder.name, encoder.stem, encoder.width) == (model, Stem.imagenet, 64)
+    assert encoder.dim == (128 if shorthand else 64)
+    assert load(str(file)).encoder == encoder
+    (tmp_path / "resolved.yaml").write_text(to_yaml(load(str(file))))
+    assert load(str(tmp_path / "resolved.yaml")).encoder == encoder
+
+
+def test_initial_weights_are_a_file_of_names_and_arrays(tmp_path: Path):
+    for path in (tmp_path / "a.npz", tmp_path / "b.safetensors"):
+        path.write_bytes(b"")
+        assert load("moco_v2", [f"encoder.weights={path}"]).encoder.weights == str(path)
+    assert load("moco_v2", ["encoder.weights=gs://bucket/c.npz"]).encoder.weights == "gs://bucket/c.npz"
+
+
 def test_a_file_without_preset_starts_from_the_defaults(tmp_path: Path):
     file = tmp_path / "own.yaml"
     file.write_text("name: mine\ntrain: {epochs: 7}\n")
@@ -143,6 +163,16 @@ def test_set_takes_numbers_enums_lists_booleans_sections_and_references():
         ("train.milestones=[5,0]", ["train.milestones=[5,0]", "[5,1]"]),
         ("train.schedule=cosin", ["train.schedule=cosin", "cosine, step", "e.g. train.schedule=cosine"]),
         ("augment.where=null", ["augment.where=null", "beam"]),
+        ("encoder=3", ["encoder is a section", "encoder.name=resnet50"]),
+        ("encoder=[resnet18]", ["encoder is a section"]),
+        (
+            "encoder=efficientnet",
+            ["encoder.name=efficientnet", "nor a name such as keras.applications.EfficientNetV2B0"],
+        ),
+        ("encoder.name=keras.applications.", ["encoder.name=keras.applications.", "is not one of"]),
+        ("encoder.weights=/nowhere/moco.npz", ["encoder.weights=/nowhere/moco.npz", "no such file"]),
+        ("encoder.weights=/tmp/moco.h5", ["encoder.weights=/tmp/moco.h5", "must end in .safetensors or .npz"]),
+        ("encoder.weights=moco_v2.pth.tar", ["encoder.weights=moco_v2.pth.tar", "torch.load", "moco_v2.safetensors"]),
         ("encoder.name=resnet51", ["encoder.name=resnet51", "resnet50, resnet1", "e.g. encoder.name=resnet50"]),
         ("train=3", ["train is a section", "train.replicas=2"]),
         ("train.key_bn=none", ["train.key_bn is a section", "train.key_bn.mode"]),
@@ -186,6 +216,12 @@ def test_what_cannot_be_read_is_refused_in_one_line_with_the_mend(override, word
         ),
         (["train.key_bn.mode=split", "train.key_bn.groups=5"], ["train.key_bn.groups=5", "e.g. train.key_bn.groups=4"]),
         (["train.schedule=step", "train.milestones=[3,2,3]"], ["train.milestones=[3,2,3]", "[2,3]"]),
+        (
+            ["encoder=keras.applications.VGG16", "encoder.width=8"],
+            ["encoder.width=8", "VGG16", "leave encoder.width=64"],
+        ),
+        (["encoder=keras.applications.VGG16", "encoder.stem=cifar"], ["encoder.stem=cifar", "encoder.stem=imagenet"]),
+        (["encoder=resnet18", "encoder.name=resnet34"], ["encoder.name", "twice"]),
         (["train.epochs=3", "train.epochs=4"], ["train.epochs", "twice", "3 and 4"]),
     ],
 )

@@ -10,14 +10,19 @@ from trainer_module.config import EncoderConfig, Head, Precision, Stem
 from trainer_module.encoder import build_encoder
 
 # Trainable parameters of torchvision's models without their last layer.
-TORCHVISION_PARAMETERS = {"resnet18": 11_176_512, "resnet34": 21_284_672, "resnet50": 23_508_032}
+TORCHVISION_PARAMETERS = {
+    "resnet18": 11_176_512,
+    "resnet34": 21_284_672,
+    "resnet50": 23_508_032,
+    "resnet101": 42_500_160,
+}
 
 
 @pytest.mark.parametrize("name", TORCHVISION_PARAMETERS)
 def test_backbone_has_as_many_parameters_as_torchvisions(name):
     encoder = build_encoder(EncoderConfig(name), 64, Precision.float32, 0)
     assert sum(int(np.prod(v.shape)) for v in encoder.backbone.trainable_variables) == TORCHVISION_PARAMETERS[name]
-    assert encoder.backbone.output_shape == (None, 2048 if name == "resnet50" else 512)
+    assert encoder.backbone.output_shape == (None, 2048 if name in ("resnet50", "resnet101") else 512)
 
 
 @pytest.mark.parametrize(("head", "layers"), [(Head.v1, ["fc"]), (Head.v2, ["fc.0", "fc.1", "fc.2"])])
@@ -76,4 +81,5 @@ def test_bfloat16_keeps_statistics_and_outputs_in_float32():
     parameters = [v.value for v in encoder.model.trainable_variables]
     out, new = encoder.model.stateless_call(parameters, stats, tf.ones([2, 32, 32, 3]), training=True)
     assert out.dtype == tf.float32
+    assert {v.dtype for v in encoder.model.variables} == {"float32"}
     assert {s.dtype for s in new} == {tf.float32}
