@@ -1,0 +1,262 @@
+"""What each key-BN mode does on the sample images: pretext top-1 and kNN over time, as a table and a picture (R = 8).
+
+Without shuffling, a query and its positive are normalised with the same images, whose statistics betray the positive:
+pretext accuracy rises and kNN does not follow. Takes about half an hour; what is finished is kept in --out, and the
+same command goes on from there.
+"""
+
+import dataclasses
+import hashlib
+import io
+import json
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.cli import DEMO_IMAGES
+from trainer_module import progress
+from trainer_module.config import (
+    AugmentConfig,
+    EncoderConfig,
+    Head,
+    KeyBnConfig,
+    KeyBnMode,
+    Stem,
+    TrainConfig,
+)
+
+MODES = ("none", "sync", "cross_replica_sum", "all_to_all", "split", "stored", "ema")
+SEEDS = (0, 1, 2)
+REPLICAS = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Scale:
+    """How large the experiment is.
+
+    Attributes:
+        size: side of a view in pixels.
+        width: of the ResNet-18.
+        batch: global batch.
+        queue: K.
+        epochs: passes over the images.
+        pairs: of views for each image; epoch e uses pair e modulo pairs.
+        every: epochs between two measurements.
+        learning_rate, momentum, temperature: see TrainConfig.
+    """
+
+    size: int = 32
+    width: int = 8
+    batch: int = 64
+    queue: int = 512
+    epochs: int = 24
+    pairs: int = 6
+    every: int = 4
+    learning_rate: float = 0.06
+    momentum: float = 0.99
+    temperature: float = 0.1
+
+
+class Data(NamedTuple):
+    """views uint8[pairs, N, 2, size, size, 3]; centre views uint8[., size, size, 3] and labels of both splits."""
+
+    views: NDArray[np.uint8]
+    bank: NDArray[np.uint8]
+    bank_labels: NDArray[np.int64]
+    queries: NDArray[np.uint8]
+    query_labels: NDArray[np.int64]
+
+
+class Point(NamedTuple):
+    """One measurement."""
+
+    epoch: int
+    pretext_top1: float
+    loss: float
+    knn_top1: float
+
+
+def measure(out: str | None = None) -> Mapping[str, float]:
+    """Trains every mode with every seed.
+
+    Args:
+        out: folder for the curves (curves.json) and the picture (leak.png); a new temporary one by default.
+
+    Returns:
+        For each mode pretext top-1 of the last epoch and kNN top-1 at the end, mean and spread over the seeds.
+    """
+    from pipeline import console
+
+    folder = Path(out or tempfile.mkdtemp(prefix="moco-leak-"))
+    folder.mkdir(parents=True, exist_ok=True)
+    scale = Scale()
+    curves = _load(folder / "curves.json", scale)
+    data = make_data(scale)
+    runs = [(mode, seed) for seed in SEEDS for mode in MODES]
+    for done, (mode, seed) in enumerate(runs):
+        progress.report("leak", done, len(runs), "trainings")
+        name = f"{mode}/{seed}"
+        if name not in curves:
+            curves[name] = train_one(KeyBnMode[mode], seed, scale, data)
+            _write(folder / "curves.json", {"scale": dataclasses.asdict(scale), "curves": curves})
+    progress.report("leak", len(runs), len(runs), "trainings")
+    draw(curves, folder / "leak.png")
+    console.line(f"curves and picture: {folder}")
+    return table(curves)
+
+
+def make_data(scale: Scale) -> Data:
+    """Reads the demo's images, splits them by content and makes all views by the demo's recipe."""
+    import tensorflow as tf
+    from PIL import Image
+
+    from components.image_example_gen import sources
+    from components.image_example_gen.config import IngestConfig
+    from pipeline.config import load
+    from trainer_module.views import view_pair
+
+    found = [item for item in sources.read_images(str(DEMO_IMAGES), IngestConfig()) if isinstance(item, sources.Found)]
+    unique = {hashlib.sha256(item.data).hexdigest(): item for item in found}
+    names = sorted({str(item.ref.label) for item in unique.values()})
+    augment: AugmentConfig = dataclasses.replace(load("demo").augment, size=scale.size)
+    images: dict[bool, list[NDArray[np.uint8]]] = {True: [], False: []}
+    labels: dict[bool, list[int]] = {True: [], False: []}
+    ids: list[str] = []
+    for identity, item in unique.items():
+        train = int(identity[:8], 16) % 5 > 0
+        images[train].append(np.asarray(Image.open(io.BytesIO(item.data)).convert("RGB")))
+        labels[train].append(names.index(str(item.ref.label)))
+        ids += [identity] * train
+
+    @tf.function
+    def pair(image: tf.Tensor, identity: tf.Tensor, index: tf.Tensor) -> tf.Tensor:
+        return view_pair(image, identity, index, 0, augment)
+
+    views = np.zeros((scale.pairs, len(ids), 2, scale.size, scale.size, 3), np.uint8)
+    for row, (identity, image) in enumerate(zip(ids, images[True], strict=True)):
+        progress.report("make views", row + 1, len(ids), "images")
+        for index in range(scale.pairs):
+            views[index, row] = pair(tf.constant(image), tf.constant(identity), tf.constant(index, tf.int64))
+
+    def centre(many: list[NDArray[np.uint8]]) -> NDArray[np.uint8]:
+        return np.stack([np.asarray(Image.fromarray(one).resize((scale.size,) * 2, Image.Resampling.BOX)) for one in many])
+
+    return Data(
+        views, centre(images[True]), np.array(labels[True]), centre(images[False]), np.array(labels[False])
+    )
+
+
+def train_one(mode: KeyBnMode, seed: int, scale: Scale, data: Data) -> list[Point]:
+    """Trains one mode; `split` on one device with as many groups as the others have replicas."""
+    import tensorflow as tf
+
+    from trainer_module.build import build, first_state
+    from trainer_module.driver import Driver, learning_rate
+    from trainer_module.strategy import make_strategy
+
+    replicas = 1 if mode is KeyBnMode.split else REPLICAS
+    config = TrainConfig(
+        replicas=replicas,
+        global_batch=scale.batch,
+        epochs=scale.epochs,
+        queue=scale.queue,
+        momentum=scale.momentum,
+        temperature=scale.temperature,
+        learning_rate=scale.learning_rate,
+        key_bn=KeyBnConfig(mode, groups=REPLICAS),
+    )
+    images = data.views.shape[1]
+    steps = images // scale.batch
+    mean, std = (tuple(map(float, f(data.bank, axis=(0, 1, 2)))) for f in (np.mean, np.std))
+    encoder_config = EncoderConfig("resnet18", Stem.imagenet, scale.width, Head.v2, 64)
+    built = build(encoder_config, config, scale.size, mean, std, learning_rate(config, steps), seed)
+    strategy = make_strategy(replicas)
+    driver = Driver(built.moco, config, strategy, first_state(built.moco, config))
+    batches = iter(strategy.experimental_distribute_dataset(_batches(data, seed, scale)))
+    step = driver.compiled_step()
+    points = []
+    for epoch in range(1, scale.epochs + 1):
+        metrics = [step(batches) for _ in range(steps)]
+        if epoch % scale.every == 0 or epoch in (1, 2):
+            driver.copy_weights_to(built.encoder.model)
+            top1, loss = (float(np.mean([float(getattr(m, n)) for m in metrics])) for n in ("pretext_top1", "loss"))
+            points.append(Point(epoch, top1, loss, _knn(built.encoder.backbone, data, mean, std)))
+    tf.keras.backend.clear_session() if False else None
+    return points
+
+
+def _batches(data: Data, seed: int, scale: Scale):  # noqa: ANN202
+    import tensorflow as tf
+
+    def each():  # noqa: ANN202
+        for epoch in range(scale.epochs):
+            order = np.random.default_rng((seed, epoch)).permutation(data.views.shape[1])
+            for start in range(0, len(order) - scale.batch + 1, scale.batch):
+                pairs = data.views[epoch % scale.pairs, order[start : start + scale.batch]]
+                yield pairs[:, 0], pairs[:, 1]
+
+    spec = tf.TensorSpec([scale.batch, scale.size, scale.size, 3], tf.uint8)
+    options = tf.data.Options()
+    options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.OFF
+    return tf.data.Dataset.from_generator(each, output_signature=(spec, spec)).prefetch(4).with_options(options)
+
+
+def _knn(backbone, data: Data, mean: tuple[float, ...], std: tuple[float, ...]) -> float:  # noqa: ANN001
+    from trainer_module.knn import knn_top1, unit
+
+    bank, queries = (
+        unit(backbone.predict((views.astype(np.float32) - mean) / std, batch_size=256, verbose=0))
+        for views in (data.bank, data.queries)
+    )
+    return knn_top1(bank, data.bank_labels, queries, data.query_labels, 20, 0.1)
+
+
+def table(curves: Mapping[str, list[Point]]) -> dict[str, float]:
+    """The end of each curve: mean over the seeds and half the range."""
+    figures: dict[str, float] = {}
+    for mode in MODES:
+        ends = [Point(*curves[f"{mode}/{seed}"][-1]) for seed in SEEDS]
+        for name in ("pretext_top1", "knn_top1"):
+            values = [getattr(end, name) for end in ends]
+            figures[f"{mode}_{name}"] = float(np.mean(values))
+            figures[f"{mode}_{name}_half_range"] = float((max(values) - min(values)) / 2)
+    return figures
+
+
+def draw(curves: Mapping[str, list[Point]], path: Path) -> None:
+    """Pretext top-1 and kNN over the epochs, a line for each mode, its range over the seeds shaded."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    for axis, name, title in zip(
+        figure.subplots(1, 2), ("pretext_top1", "knn_top1"), ("pretext top-1", "kNN top-1 (k = 20)"), strict=True
+    ):
+        for number, mode in enumerate(MODES):
+            runs = [[Point(*point) for point in curves[f"{mode}/{seed}"]] for seed in SEEDS]
+            epochs = [point.epoch for point in runs[0]]
+            values = np.array([[getattr(point, name) for point in run] for run in runs])
+            axis.plot(epochs, values.mean(0), color=f"C{number}", label=mode, lw=2.4 if mode == "none" else 1.4)
+            axis.fill_between(epochs, values.min(0), values.max(0), color=f"C{number}", alpha=0.12, lw=0)
+        axis.set_title(title)
+        axis.set_xlabel("epoch")
+        axis.grid(alpha=0.3)
+    axis.legend(frameon=False, fontsize=9)
+    FigureCanvasAgg(figure).print_png(str(path))
+
+
+def _load(path: Path, scale: Scale) -> dict[str, list[Point]]:
+    if not path.exists():
+        return {}
+    kept = json.loads(path.read_text(encoding="utf-8"))
+    return kept["curves"] if kept["scale"] == dataclasses.asdict(scale) else {}
+
+
+def _write(path: Path, content: object) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    temporary.replace(path)
