@@ -159,13 +159,15 @@ class ProgressHandler(logging.Handler):
 
     def __init__(self, stream: TextIO, terminal: bool, clock: Callable[[], float] = time.monotonic):
         super().__init__()
-        self._clock = clock
+        self._clock, self._stream = clock, stream
         self._drawing = _Bars(stream) if terminal else _Lines(stream)
         self._started: dict[str, tuple[float, int]] = {}
         self._finished: tuple[str, int] | None = None
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Shows one record; one without progress is none of ours."""
+        """Shows one record; one with neither note nor progress is none of ours."""
+        if note := getattr(record, "note", None):
+            tqdm.write(f"note: {note}", file=self._stream)
         progress = getattr(record, "progress", None)
         if not isinstance(progress, Progress):
             return

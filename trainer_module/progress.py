@@ -43,3 +43,12 @@ def report(task: str, done: int, total: int | None, unit: str, **figures: float)
     """
     progress = Progress(task, done, total, unit, figures)
     logging.getLogger(LOGGER_NAME).info("%s: %d of %s %s", task, done, total, unit, extra={"progress": progress})
+
+
+def note(text: str) -> None:
+    """Tells the user one line that matters but stops nothing, as a warning on the same logger.
+
+    Args:
+        text: one line, such as "checkpoints/step-00000120 is damaged; training goes on from step 80".
+    """
+    logging.getLogger(LOGGER_NAME).warning("%s", text, extra={"note": text})

@@ -1,6 +1,7 @@
 """What the TFX Trainer calls: build, train, export."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 import posixpath
@@ -10,15 +11,15 @@ import tensorflow as tf
 import tensorflow_transform as tft
 
 from trainer_module import config_json
-from trainer_module.config import AugmentConfig, EncoderConfig, ImageConfig, TrainConfig
+from trainer_module.config import OPERATIONAL, AugmentConfig, EncoderConfig, ImageConfig, TrainConfig
 from trainer_module.driver import Driver, learning_rate, train
 from trainer_module.encoder import build_encoder
 from trainer_module.export import ENCODED, EncoderModule, EvaluationModule, save_encoder, save_evaluation
 from trainer_module.images import eval_resize
-from trainer_module.input import dataset_from, open_source, steps_per_epoch
+from trainer_module.input import Source, dataset_from, open_source, steps_per_epoch
 from trainer_module.moco import MoCo
 from trainer_module.shuffle import key_encoding
-from trainer_module.strategy import make_strategy
+from trainer_module.strategy import choose_strategy
 from trainer_module.watch import Result
 
 TRAINING_FILE = "training.json"
@@ -31,8 +32,8 @@ class Experiment:
     Attributes:
         image, augment, encoder, train: see trainer_module.config.
         seed: of weights, queue, permutations, order and views.
-        checkpoints: folder under which each experiment has a checkpoint folder of its own.
-        code: fingerprint of the sources that train; other code does not continue this one's checkpoints.
+        checkpoints: folder of the checkpoints.
+        code: fingerprint of the sources that train.
     """
 
     image: ImageConfig
@@ -52,12 +53,10 @@ class Experiment:
         """The inverse of to_custom_config."""
         return config_json.loads(Experiment, custom_config["experiment"])
 
-
-def checkpoint_dir(experiment: Experiment, views: str, transform_graph: str) -> str:
-    """The folder of the checkpoints that may be continued: same configuration, code and input artifacts."""
-    parts = (config_json.dumps(experiment), views, transform_graph)
-    digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()
-    return posixpath.join(experiment.checkpoints, digest[:16])
+    def identity(self) -> dict[str, Any]:
+        """What decides the weights, as far as it is known before the images are: {"train.queue": 65536, …}."""
+        settings = config_json.flatten(self)
+        return {key: settings[key] for key in settings.keys() - OPERATIONAL - {"checkpoints", "code"}}
 
 
 class ChannelStatistics(NamedTuple):
@@ -85,7 +84,7 @@ def run_fn(fn_args: Any) -> None:
     source = open_source(posixpath.dirname(fn_args.train_files[0]), experiment.augment)
     steps = steps_per_epoch(source, config.global_batch)
 
-    strategy = make_strategy(config.replicas)
+    strategy = choose_strategy(config)
     encoder = build_encoder(experiment.encoder, experiment.augment.size, config.precision, experiment.seed)
     untrained = make_encoder_module(encoder.backbone, transform, statistics, experiment)
     moco = MoCo(
@@ -101,18 +100,18 @@ def run_fn(fn_args: Any) -> None:
         seed=experiment.seed,
     )
     driver = Driver(moco, config, strategy)
-    checkpoints = checkpoint_dir(experiment, fn_args.train_files[0], fn_args.transform_output)
-    logs = posixpath.join(checkpoints, "logs")
+    logs = posixpath.join(experiment.checkpoints, "logs")
     result = train(
         driver,
         strategy,
-        lambda start: dataset_from(
-            source, experiment.augment, experiment.seed, config.epochs, config.global_batch, start
+        functools.partial(
+            dataset_from, source, experiment.augment, experiment.seed, config.epochs, config.global_batch
         ),
         config,
         steps,
-        checkpoints,
+        experiment.checkpoints,
         logs,
+        {**experiment.identity(), "images": identity_of_images(source, statistics)},
     )
     _copy_files(posixpath.join(logs, "train"), posixpath.join(fn_args.model_run_dir, "train"))
     driver.copy_weights_to(encoder.model)
@@ -120,7 +119,7 @@ def run_fn(fn_args: Any) -> None:
     save_evaluation(EvaluationModule(trained, untrained), fn_args.eval_model_dir)
     facts = {"dim": encoder.backbone.output_shape[-1], "layer": "backbone", **statistics._asdict()}
     save_encoder(trained, facts, fn_args.serving_model_dir)
-    _write_result(result, config, strategy, fn_args.model_run_dir)
+    _write_result(result, strategy, fn_args.model_run_dir)
 
 
 def channel_statistics(transform: Any) -> ChannelStatistics:
@@ -130,6 +129,12 @@ def channel_statistics(transform: Any) -> ChannelStatistics:
     mean, variance = (tf.reshape(out[name], [-1])[:3].numpy() for name in ("channel_mean", "channel_variance"))
     # A channel that never varies would divide by zero.
     return ChannelStatistics(tuple(map(float, mean)), tuple(max(float(v) ** 0.5, 1.0) for v in variance))
+
+
+def identity_of_images(source: Source, statistics: ChannelStatistics) -> str:
+    """Names the training images and their views by content, such as "1767 with digest 5f0c93a1b2d4e6f7"."""
+    text = json.dumps([source.digest, statistics])
+    return f"{source.images} with digest {hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
 def make_encoder_module(
@@ -148,10 +153,10 @@ def _copy_files(source: str, destination: str) -> None:
         tf.io.gfile.copy(posixpath.join(source, name), posixpath.join(destination, name), overwrite=True)
 
 
-def _write_result(result: Result, config: TrainConfig, strategy: tf.distribute.Strategy, directory: str) -> None:
+def _write_result(result: Result, strategy: tf.distribute.Strategy, directory: str) -> None:
     what = {
         **dataclasses.asdict(result),
-        "replicas": config.replicas,
+        "replicas": strategy.num_replicas_in_sync,
         "strategy": type(strategy).__name__,
     }
     with tf.io.gfile.GFile(posixpath.join(directory, TRAINING_FILE), "w") as file:

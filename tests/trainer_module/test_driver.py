@@ -21,7 +21,7 @@ def model(tiny_encoder):
     return tiny_encoder
 
 
-def dataset_from(start):
+def dataset_from(start, pipeline):
     """Noise images, each with two views that differ a little; the batch of a step depends on the step alone."""
 
     def batch(step):
@@ -30,7 +30,7 @@ def dataset_from(start):
         views = [image + tf.random.stateless_uniform(shape, [2 + i, step], 0, 50, tf.int32) for i in (0, 1)]
         return tuple(tf.cast(v, tf.uint8) for v in views)
 
-    return tf.data.Dataset.range(start, 10_000).map(batch)
+    return tf.data.Dataset.range(start, 10_000).map(batch).rebatch(BATCH // pipeline.num_replicas_in_sync, True)
 
 
 def run(model, directory, epochs, replicas=2, rate=0.05, schedule_epochs=None):
@@ -59,7 +59,8 @@ def run(model, directory, epochs, replicas=2, rate=0.05, schedule_epochs=None):
     )
     strategy = make_strategy(replicas)
     driver = Driver(moco, config, strategy)
-    result = train(driver, strategy, dataset_from, config, STEPS, str(directory / "ckpt"), str(directory / "logs"))
+    folders = str(directory / "ckpt"), str(directory / "logs")
+    result = train(driver, strategy, dataset_from, config, STEPS, *folders, identity={})
     return driver.state(), result
 
 
@@ -98,7 +99,7 @@ def test_all_replicas_hold_the_same_state(model):
     encode = key_encoding(KeyBnMode.cross_replica_sum)
     moco = MoCo(model, (110.0,) * 3, (60.0,) * 3, encode, lambda _: tf.constant(0.1), 0.9, 0.2, 0.9, 1e-4, 0)
     driver = Driver(moco, config, strategy)
-    driver.compiled_step()(iter(strategy.experimental_distribute_dataset(dataset_from(0))))
+    driver.compiled_step()(iter(strategy.distribute_datasets_from_function(lambda part: dataset_from(0, part))))
     for variable in tf.nest.flatten(driver._variables):
         first, second = strategy.experimental_local_results(variable)
         np.testing.assert_array_equal(first, second)

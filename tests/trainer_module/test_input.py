@@ -53,7 +53,7 @@ def split_dir(tmp_path_factory):
 
 def batches(split_dir, augment, epochs=3, start=0, batch=5, seed=SEED):
     source = open_source(str(split_dir), augment)
-    data = dataset_from(source, augment, seed, epochs, batch, start)
+    data = dataset_from(source, augment, seed, epochs, batch, start, tf.distribute.InputContext())
     return [(q.numpy(), k.numpy()) for q, k in data]
 
 
