@@ -30,6 +30,7 @@ from trainer_module.config import (
     ImageConfig,
     RecipeOrder,
     Schedule,
+    StrategyKind,
     TrainConfig,
     Where,
 )
@@ -137,7 +138,9 @@ RANGES: Mapping[str, Range] = {
     "train.milestones": Range(1, 10**6),
     "train.sgd_momentum": _MOMENTUM,
     "train.weight_decay": Range(0, 1),
+    "train.steps_per_loop": Range(0, 10**6),
     "train.checkpoint_seconds": Range(0, 10**7),
+    "train.keep_checkpoints": Range(1, 10**4),
     "train.log_steps": Range(1, 10**6),
     "evaluate.knn_k": Range(1, 10**6),
     "evaluate.knn_temperature": _positive(100),
@@ -538,7 +541,14 @@ def _impossible_views(config: Config) -> Iterator[str]:
 
 def _impossible_training(config: Config) -> Iterator[str]:
     train = config.train
-    if train.global_batch % train.replicas:
+    if train.tpu.name and train.strategy in (StrategyKind.mirrored, StrategyKind.single):
+        yield (
+            f"train.tpu.name={_show(train.tpu.name)} has no use with train.strategy={train.strategy.name}; "
+            "e.g. train.strategy=tpu"
+        )
+    # The cores of a TPU are counted when it is found.
+    by_replicas = train.strategy in (StrategyKind.auto, StrategyKind.mirrored) and not train.tpu.name
+    if by_replicas and train.global_batch % train.replicas:
         below = train.global_batch // train.replicas * train.replicas
         near = [str(batch) for batch in (below, below + train.replicas) if batch]
         yield (

@@ -133,8 +133,9 @@ def create_pipeline(
     )
 
 
-def _trainer(config: Config, views: Channel, transform_graph: Channel, places: Places) -> tfx.components.Trainer:
-    experiment = Experiment(
+def make_experiment(config: Config, places: Places) -> Experiment:
+    """What the Trainer is told."""
+    return Experiment(
         image=config.image,
         augment=config.augment,
         encoder=config.encoder,
@@ -143,6 +144,9 @@ def _trainer(config: Config, views: Channel, transform_graph: Channel, places: P
         checkpoints=places.checkpoints,
         code=fingerprint.of(run_fn.__name__),
     )
+
+
+def _trainer(config: Config, views: Channel, transform_graph: Channel, places: Places) -> tfx.components.Trainer:
     return tfx.components.Trainer(
         run_fn=f"{run_fn.__name__}.run_fn",
         examples=views,
@@ -150,5 +154,5 @@ def _trainer(config: Config, views: Channel, transform_graph: Channel, places: P
         # The loop counts epochs, not TFX's steps; views exist of the train split alone.
         train_args=tfx.proto.TrainArgs(splits=["train"]),
         eval_args=tfx.proto.EvalArgs(splits=["train"]),
-        custom_config=experiment.to_custom_config(),
+        custom_config=make_experiment(config, places).to_custom_config(),
     ).with_id("Trainer")

@@ -20,19 +20,18 @@ from trainer_module.errors import UserError
 
 Identity = Mapping[str, Any]  # {"train.learning_rate": 0.03, …}: what decides the weights, in JSON's types
 
-_IDENTITY = "identity"
+_CONTENTS = "contents"
 _INDEX = re.compile(r"(step-(\d+))\.index")
 _OURS = re.compile(r"step-(\d+)\..*")
 _DAMAGED = (
     tf.errors.DataLossError,
+    tf.errors.FailedPreconditionError,
+    tf.errors.InvalidArgumentError,
     tf.errors.NotFoundError,
     tf.errors.OutOfRangeError,
-    tf.errors.InvalidArgumentError,
-    tf.errors.InternalError,
-    tf.errors.UnimplementedError,
-    tf.errors.UnknownError,
 )
 _SHOWN = 6  # differing keys in one line
+_CODE = "code"  # of an identity; an improvement of the code must not cost a long training
 
 
 class Saved(NamedTuple):
@@ -81,6 +80,8 @@ class Checkpoints:
             _refuse_difference(self._directory, saved.identity, self._identity)
             for fault in damaged:
                 progress.note(f"{fault}; training goes on from step {step:,}")
+            if saved.identity.get(_CODE) != self._identity.get(_CODE):
+                progress.note(f"training goes on from step {step:,} with other code than began it")
             return saved
         if damaged:
             raise UserError(f"{damaged[0]}, and no other is left; remove {self._directory} to start anew")
@@ -110,12 +111,12 @@ class Checkpoints:
 
     def _write(self, step: int, tensors: Mapping[str, np.ndarray]) -> None:
         tf.io.gfile.makedirs(self._directory)
-        everything = {**tensors, _IDENTITY: np.array(json.dumps(dict(self._identity), sort_keys=True), object)}
+        contents = _Contents({name: tf.as_dtype(v.dtype).name for name, v in tensors.items()}, dict(self._identity))
         tf.raw_ops.SaveV2(
             prefix=_prefix(self._directory, step),
-            tensor_names=list(everything),
-            shape_and_slices=[""] * len(everything),
-            tensors=list(everything.values()),
+            tensor_names=[_CONTENTS, *tensors],
+            shape_and_slices=["", *("" for _ in tensors)],
+            tensors=[json.dumps(contents._asdict()), *tensors.values()],
         )
         # A later step than this one was found damaged, else training would have gone on from there.
         kept = [s for s in _steps(self._directory) if s <= step][: self._keep]
@@ -134,7 +135,7 @@ def refuse_other_run(directory: str, identity: Identity) -> None:
     """
     for step in _steps(directory):
         try:
-            stored = _read_identity(tf.train.load_checkpoint(_prefix(directory, step)))
+            stored = _read_contents(directory, step).identity
         except _DAMAGED:
             continue
         return _refuse_difference(directory, stored, identity)
@@ -142,7 +143,7 @@ def refuse_other_run(directory: str, identity: Identity) -> None:
 
 
 def _refuse_difference(directory: str, stored: Identity, present: Identity) -> None:
-    differing = [key for key in stored if key in present and stored[key] != present[key]]
+    differing = [key for key in stored if key != _CODE and key in present and stored[key] != present[key]]
     if differing:
         shown = [f"{key}={_show(stored[key])}, now {_show(present[key])}" for key in differing[:_SHOWN]]
         more = [f"and {len(differing) - _SHOWN} more"] if len(differing) > _SHOWN else []
@@ -177,15 +178,33 @@ def _remove(directory: str, names: Sequence[str]) -> None:
         tf.io.gfile.remove(posixpath.join(directory, name))
 
 
+class _Contents(NamedTuple):
+    """What a checkpoint says of itself: dtypes of its tensors by name, and the identity."""
+
+    dtypes: dict[str, str]
+    identity: dict[str, Any]
+
+
 def _read(directory: str, step: int) -> Saved:
-    reader = tf.train.load_checkpoint(_prefix(directory, step))
-    names = [name for name in reader.get_variable_to_shape_map() if name != _IDENTITY]
-    return Saved(step, {name: np.asarray(reader.get_tensor(name)) for name in names}, _read_identity(reader))
+    contents = _read_contents(directory, step)
+    tensors = _restore(_prefix(directory, step), contents.dtypes)
+    return Saved(step, dict(zip(contents.dtypes, tensors, strict=True)), contents.identity)
 
 
-def _read_identity(reader: Any) -> dict[str, Any]:
-    identity: dict[str, Any] = json.loads(reader.get_tensor(_IDENTITY))
-    return identity
+def _read_contents(directory: str, step: int) -> _Contents:
+    (text,) = _restore(_prefix(directory, step), {_CONTENTS: "string"})
+    return _Contents(**json.loads(text.item()))
+
+
+def _restore(prefix: str, dtypes: Mapping[str, str]) -> list[np.ndarray]:
+    # Not by TensorFlow's CheckpointReader: it reports a network that is away and a damaged file alike.
+    tensors = tf.raw_ops.RestoreV2(
+        prefix=prefix,
+        tensor_names=list(dtypes),
+        shape_and_slices=[""] * len(dtypes),
+        dtypes=[tf.as_dtype(dtype) for dtype in dtypes.values()],
+    )
+    return [tensor.numpy() if tensor.shape.rank else np.asarray(tensor.numpy()) for tensor in tensors]
 
 
 def _reason(error: tf.errors.OpError) -> str:

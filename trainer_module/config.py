@@ -168,9 +168,9 @@ class TrainConfig:
     """The MoCo step and its loop (arXiv 1911.05722, 2003.04297; main_moco.py).
 
     Attributes:
+        replicas: logical CPU devices that share a global batch; TPUs and GPUs have the cores they have.
         strategy: see StrategyKind.
         tpu: see TpuConfig.
-        replicas: logical CPU devices that share a global batch; TPUs and GPUs have the cores they have.
         global_batch: images in one step over all replicas.
         epochs: passes over the training images.
         queue: keys kept as negatives (K); any number not below global_batch.
@@ -188,9 +188,9 @@ class TrainConfig:
         log_steps: steps between two TensorBoard points.
     """
 
+    replicas: int = 2
     strategy: StrategyKind = StrategyKind.auto
     tpu: TpuConfig = TpuConfig()
-    replicas: int = 2
     global_batch: int = 256
     epochs: int = 200
     queue: int = 65536

@@ -121,12 +121,12 @@ class Driver:
             for variable, value in zip(variables, values, strict=True):
                 variable.assign(value)
 
-    def compiled_loop(self) -> Callable[[Batches, int | tf.Tensor], Metrics]:
+    def compiled_loop(self) -> Callable[[Batches, int], tf.Tensor]:
         """Several steps over all replicas as one graph, with nothing for the host to do but to feed them.
 
         Returns:
             A function of an iterator of the strategy's batches and of the steps to do, at most `steps_per_loop`. It
-            gives each step's metrics: float32[steps] each.
+            gives each step's metrics, float32[steps, fields of Metrics].
         """
 
         def replica_step(query: tf.Tensor, key: tf.Tensor) -> None:
@@ -138,19 +138,18 @@ class Driver:
             self._metrics.assign(tf.tensor_scatter_nd_update(self._metrics, row, values[tf.newaxis]))
 
         @tf.function
-        def loop(batches: Batches, steps: tf.Tensor) -> Metrics:
+        def loop(batches: Batches, steps: tf.Tensor) -> tf.Tensor:
             first = tf.convert_to_tensor(self._variables.step)
             for _ in tf.range(steps):
                 self._strategy.run(replica_step, args=next(batches))
-            rows = tf.gather(self._metrics, (first + tf.range(steps)) % self._steps_per_loop)
-            return Metrics(*tf.unstack(rows, len(Metrics._fields), axis=1))
+            return tf.gather(self._metrics, (first + tf.range(steps)) % self._steps_per_loop)
 
         return lambda batches, steps: loop(batches, tf.convert_to_tensor(steps, tf.int32))
 
     def compiled_step(self) -> Callable[[Batches], Metrics]:
         """One step at a time: takes the next global batch, returns its metrics, float32[] each."""
         loop = self.compiled_loop()
-        return lambda batches: Metrics(*(m[0] for m in loop(batches, 1)))
+        return lambda batches: Metrics(*tf.unstack(loop(batches, 1)[0]))
 
 
 def named(state: State) -> dict[str, Any]:
@@ -249,10 +248,9 @@ def _run_loops(
     saved = time.monotonic()
     while done < total:
         steps = min(driver.steps_per_loop, steps_per_epoch - done % steps_per_epoch)
-        stacked = loop(batches, steps)
-        for row in range(steps):
+        for row in loop(batches, steps).numpy():
             done += 1
-            watch.see(done, Metrics(*(m[row] for m in stacked)))
+            watch.see(done, Metrics(*row))
         if done < total and time.monotonic() - saved > config.checkpoint_seconds:
             save()
             saved = time.monotonic()

@@ -56,7 +56,7 @@ class Experiment:
     def identity(self) -> dict[str, Any]:
         """What decides the weights, as far as it is known before the images are: {"train.queue": 65536, …}."""
         settings = config_json.flatten(self)
-        return {key: settings[key] for key in settings.keys() - OPERATIONAL - {"checkpoints", "code"}}
+        return {key: settings[key] for key in sorted(settings.keys() - OPERATIONAL - {"checkpoints"})}
 
 
 class ChannelStatistics(NamedTuple):
