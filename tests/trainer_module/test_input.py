@@ -1,11 +1,11 @@
 """The trainer's input: epochs of pairs, the order by seed, and going on from any step."""
 
 import dataclasses
-import json
 
 import numpy as np
 import pytest
 import tensorflow as tf
+from view_files import write_views
 
 from trainer_module import input as trainer_input
 from trainer_module.config import AugmentConfig, Where
@@ -21,38 +21,10 @@ TRAINER = AugmentConfig(size=SIZE, pairs_per_image=PAIRS, where=Where.trainer)
 PLAIN_TRAINER = dataclasses.replace(TRAINER, jitter_probability=0, gray_probability=0, blur_probability=0)
 
 
-def bytes_feature(value):
-    return tf.train.Feature(bytes_list=tf.train.BytesList(value=[value]))
-
-
-def write_records(path, rows):
-    with tf.io.TFRecordWriter(str(path)) as writer:
-        for row in rows:
-            feature = {name: bytes_feature(value) for name, value in row.items()}
-            writer.write(tf.train.Example(features=tf.train.Features(feature=feature)).SerializeToString())
-    return {"name": path.name, "records": len(rows), "bytes": path.stat().st_size}
-
-
 @pytest.fixture(scope="module")
 def split_dir(tmp_path_factory):
     """What ViewAugmenter writes for `both`: stored images, and their first pairs."""
-    folder = tmp_path_factory.mktemp("views") / "Split-train"
-    folder.mkdir()
-    rng = np.random.default_rng(0)
-    images = {f"{i:064x}": rng.integers(0, 256, (12, 10, 3)).astype("uint8") for i in range(IMAGES)}
-    shards = [list(images)[i::SHARDS] for i in range(SHARDS)]
-    files = []
-    for shard, ids in enumerate(shards):
-        tail = f"{shard:05d}-of-{SHARDS:05d}.tfrecord"
-        stored = [{"id": i.encode(), "image": tf.io.encode_png(images[i]).numpy()} for i in ids]
-        files.append(write_records(folder / f"images-{tail}", stored))
-        for pair in range(PAIRS):
-            views = {i: view_pair(tf.constant(images[i]), i, pair, SEED, BEAM).numpy() for i in ids}
-            rows = [{"id": i.encode(), "query": v[0].tobytes(), "key": v[1].tobytes()} for i, v in views.items()]
-            files.append(write_records(folder / f"views-p{pair:04d}-{tail}", rows))
-    manifest = {"size": SIZE, "pairs_per_image": PAIRS, "images": IMAGES, "files": files}
-    (folder.parent / "views.json").write_text(json.dumps(manifest))
-    return folder
+    return write_views(tmp_path_factory.mktemp("views"), IMAGES, SHARDS, SEED, BEAM)
 
 
 def batches(split_dir, augment, epochs=3, start=0, batch=5, seed=SEED, pipeline=None):

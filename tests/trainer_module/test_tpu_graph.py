@@ -175,10 +175,11 @@ def test_nothing_passes_between_hosts_and_cores_within_the_loop_but_the_next_vie
 
 
 def test_every_shape_of_the_cores_is_static(cores_program):
+    unknown = []
     for node in cores_program:
-        assert node.op in FRAME or "_output_shapes" in node.attr, node.name
         shapes = node.attr["_output_shapes"].list.shape
-        # The reserve spaces of batch normalisation are a kernel's own affair, and XLA's has none.
-        for shape in shapes[: 1 if node.op.startswith("FusedBatchNorm") else None]:
-            assert not shape.unknown_rank, node.name
-            assert all(d.size >= 0 for d in shape.dim), node.name
+        assert shapes or node.op in FRAME | {"AssignVariableOp"}, node.name
+        unknown += [node for shape in shapes if shape.unknown_rank or any(d.size < 0 for d in shape.dim)]
+    # The last reserve space of batch normalisation is a kernel's own affair; XLA's kernel has none.
+    for node in unknown:
+        assert node.op.startswith("FusedBatchNorm") or ":reserve_space_3:" in node.input[0], node.name
