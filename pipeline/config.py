@@ -32,6 +32,7 @@ from trainer_module.config import (
     KeyBnMode,
     RecipeOrder,
     Schedule,
+    StrategyKind,
     TrainConfig,
     Where,
 )
@@ -141,7 +142,9 @@ RANGES: Mapping[str, Range] = {
     "train.weight_decay": Range(0, 1),
     "train.key_bn.groups": Range(1, 65_536),
     "train.key_bn.ring": Range(1, 65_536),
+    "train.steps_per_loop": Range(0, 10**6),
     "train.checkpoint_seconds": Range(0, 10**7),
+    "train.keep_checkpoints": Range(1, 10**4),
     "train.log_steps": Range(1, 10**6),
     "train.watch.knn_epochs": Range(0, 10**6),
     "train.watch.knn_k": Range(1, 10**6),
@@ -614,7 +617,14 @@ def _impossible_encoder(config: Config) -> Iterator[str]:
 
 def _impossible_training(config: Config) -> Iterator[str]:
     train = config.train
-    if train.global_batch % train.replicas:
+    if train.tpu.name and train.strategy in (StrategyKind.mirrored, StrategyKind.single):
+        yield (
+            f"train.tpu.name={_show(train.tpu.name)} has no use with train.strategy={train.strategy.name}; "
+            "e.g. train.strategy=tpu"
+        )
+    # The cores of a TPU are counted when it is found.
+    by_replicas = train.strategy in (StrategyKind.auto, StrategyKind.mirrored) and not train.tpu.name
+    if by_replicas and train.global_batch % train.replicas:
         below = train.global_batch // train.replicas * train.replicas
         near = [str(batch) for batch in (below, below + train.replicas) if batch]
         yield (

@@ -160,7 +160,7 @@ class ProgressHandler(logging.Handler):
 
     def __init__(self, stream: TextIO, terminal: bool, clock: Callable[[], float] = time.monotonic):
         super().__init__()
-        self._clock = clock
+        self._clock, self._stream = clock, stream
         self._drawing = _Bars(stream) if terminal else _Lines(stream)
         self._started: dict[str, tuple[float, int]] = {}
         self._finished: tuple[str, int] | None = None

@@ -20,6 +20,7 @@ from pipeline import fingerprint
 from pipeline.config import Config, flatten
 from trainer_module import run_fn
 from trainer_module.run_fn import Experiment
+from trainer_module.torch_weights import digest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,16 +137,20 @@ def create_pipeline(
     )
 
 
-def _trainer(config: Config, views: Channel, transform_graph: Channel, places: Places) -> tfx.components.Trainer:
-    experiment = Experiment(
+def make_experiment(config: Config, places: Places) -> Experiment:
+    """What the Trainer is told."""
+    return Experiment(
         image=config.image,
         augment=config.augment,
         encoder=config.encoder,
         train=config.train,
         seed=config.seed,
         checkpoints=places.checkpoints,
-        code=fingerprint.of(run_fn.__name__),
+        code=fingerprint.of(run_fn.__name__) + digest(config.encoder.weights),
     )
+
+
+def _trainer(config: Config, views: Channel, transform_graph: Channel, places: Places) -> tfx.components.Trainer:
     return tfx.components.Trainer(
         run_fn=f"{run_fn.__name__}.run_fn",
         examples=views,
@@ -153,5 +158,5 @@ def _trainer(config: Config, views: Channel, transform_graph: Channel, places: P
         # The loop counts epochs, not TFX's steps; views exist of the train split alone.
         train_args=tfx.proto.TrainArgs(splits=["train"]),
         eval_args=tfx.proto.EvalArgs(splits=["train"]),
-        custom_config=experiment.to_custom_config(),
+        custom_config=make_experiment(config, places).to_custom_config(),
     ).with_id("Trainer")

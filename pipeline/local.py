@@ -23,9 +23,11 @@ from tfx.proto.orchestration import pipeline_pb2
 from components.view_augmenter.executor import Job, check_space
 from pipeline import console, report
 from pipeline.config import Config, to_yaml
-from pipeline.create_pipeline import Places, create_pipeline
+from pipeline.create_pipeline import Places, create_pipeline, make_experiment
+from trainer_module.checkpoints import refuse_other_run
 from trainer_module.input import check_batch
-from trainer_module.strategy import prepare_devices
+from trainer_module.strategy import prepare
+from trainer_module.torch_weights import check_encoder
 
 # Newer Beam would otherwise choose Prism, which downloads a binary; and in memory it is several times faster than with
 # worker processes, each of which imports TensorFlow anew.
@@ -58,12 +60,15 @@ def run(config: Config, images: str, home: Path, *, require_blessing: bool = Fal
 
 
 def _run(config: Config, images: str, home: Path, require_blessing: bool) -> int:
-    prepare_devices(config.train.replicas)
+    prepare(config.train)
+    check_encoder(config.encoder, config.augment.size)
+    places = Places(str(home / "artifacts"), str(home / "serving" / "encoder"), str(home / "checkpoints"))
+    # Known now, and not only once the Trainer finds them.
+    refuse_other_run(places.checkpoints, make_experiment(config, places).identity())
     # A killed run must not leave the outcome of the one before it.
     (home / "result.json").unlink(missing_ok=True)
     _write(home / "config.yaml", to_yaml(config))
     connection = tfx.orchestration.metadata.sqlite_metadata_connection_config(str(home / "metadata.sqlite"))
-    places = Places(str(home / "artifacts"), str(home / "serving" / "encoder"), str(home / "checkpoints"))
     _clear_dead_executions(connection, Path(places.root))
     nodes: list[report.Node] = []
 

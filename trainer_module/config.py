@@ -50,6 +50,15 @@ class Precision(enum.Enum):
     bfloat16 = "bfloat16"
 
 
+class StrategyKind(enum.Enum):
+    """Which cores share a global batch, see trainer_module.strategy."""
+
+    auto = "auto"  # a TPU if one is named or attached, else the GPUs, else logical CPU devices
+    tpu = "tpu"
+    mirrored = "mirrored"  # the GPUs there are, else logical CPU devices
+    single = "single"  # one device
+
+
 class KeyBnMode(enum.Enum):
     """How the key encoder's batch normalisation is kept from seeing the query's batch (arXiv 1911.05722, 3.3)."""
 
@@ -195,11 +204,27 @@ class WatchConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class TpuConfig:
+    """Which TPU.
+
+    Attributes:
+        name: `local` on a TPU VM; a TPU's or a pod's name; grpc://HOST:PORT; empty for none.
+        zone, project: of Google Cloud; empty for those of the machine that asks.
+    """
+
+    name: str = ""
+    zone: str = ""
+    project: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """The MoCo step and its loop (arXiv 1911.05722, 2003.04297; main_moco.py).
 
     Attributes:
-        replicas: cores that share a global batch; on one machine, logical CPU devices.
+        replicas: logical CPU devices that share a global batch; TPUs and GPUs have the cores they have.
+        strategy: see StrategyKind.
+        tpu: see TpuConfig.
         global_batch: images in one step over all replicas.
         epochs: passes over the training images.
         queue: keys kept as negatives (K); any number not below global_batch.
@@ -212,12 +237,16 @@ class TrainConfig:
         sgd_momentum, weight_decay: of SGD; the decay covers every query parameter.
         precision: see Precision.
         key_bn: see KeyBnConfig.
+        steps_per_loop: steps between two returns to Python; 0 chooses. Results do not depend on it.
         checkpoint_seconds: time between two periodic checkpoints; one is also written at the end.
+        keep_checkpoints: the newest ones that are kept.
         log_steps: steps between two points of the curves (TensorBoard, metrics.jsonl).
         watch: see WatchConfig.
     """
 
     replicas: int = 2
+    strategy: StrategyKind = StrategyKind.auto
+    tpu: TpuConfig = TpuConfig()
     global_batch: int = 256
     epochs: int = 200
     queue: int = 65536
@@ -231,6 +260,33 @@ class TrainConfig:
     weight_decay: float = 1e-4
     precision: Precision = Precision.float32
     key_bn: KeyBnConfig = KeyBnConfig()
+    steps_per_loop: int = 0
     checkpoint_seconds: float = 60.0
+    keep_checkpoints: int = 2
     log_steps: int = 10
     watch: WatchConfig = WatchConfig()
+
+
+def is_operational(key: str) -> bool:
+    """Whether a setting, such as "train.log_steps", may change between two starts of one training.
+
+    The same weights come out, but for the rounding of sums and for what batch normalisation sees where the number of
+    replicas is another one. eval_resize is the export's.
+    """
+    return key in _OPERATIONAL or key.startswith("train.watch.")
+
+
+_OPERATIONAL = frozenset(
+    {
+        "image.eval_resize",
+        "train.strategy",
+        "train.tpu.name",
+        "train.tpu.zone",
+        "train.tpu.project",
+        "train.replicas",
+        "train.steps_per_loop",
+        "train.checkpoint_seconds",
+        "train.keep_checkpoints",
+        "train.log_steps",
+    }
+)

@@ -4,6 +4,7 @@ import dataclasses
 import enum
 import json
 import typing
+from collections.abc import Iterator
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -29,6 +30,19 @@ def loads(cls: type[T], text: str) -> T:
         KeyError: an enum has no member of that name.
     """
     return _typed(cls, json.loads(text))
+
+
+def flatten(config: Any) -> dict[str, Any]:
+    """A dataclass as {"section.key": value} with JSON's types only: enums by name, tuples as lists."""
+    return dict(_leaves(_plain(config), ""))
+
+
+def _leaves(tree: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
 
 
 def _plain(value: Any) -> Any:

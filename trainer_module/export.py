@@ -42,8 +42,8 @@ class EncoderModule(tf.Module):
         """
         super().__init__()
         self._transform = transform
-        self._parameters = [tf.Variable(v.value, trainable=True) for v in backbone.trainable_variables]
-        self._stats = [tf.Variable(v.value, trainable=False) for v in backbone.non_trainable_variables]
+        self._parameters = [tf.Variable(v.value, name=v.path, trainable=True) for v in backbone.trainable_variables]
+        self._stats = [tf.Variable(v.value, name=v.path, trainable=False) for v in backbone.non_trainable_variables]
         self._backbone = backbone
         self._mean, self._std = mean, std
         self.resize, self.size = resize, size

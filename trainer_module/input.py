@@ -5,19 +5,22 @@ depends on (seed, epoch) alone, so training can go on from any step with the ver
 """
 
 import dataclasses
+import functools
+import hashlib
 import json
 import posixpath
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import tensorflow as tf
 
 from trainer_module.config import AugmentConfig, Where
 from trainer_module.errors import UserError
+from trainer_module.shuffle import shuffle_keys
 from trainer_module.views import view_pair
 
 MANIFEST = "views.json"
 SHUFFLE_BUFFER = 8192  # images at the most
-SHUFFLE_BYTES = 1 << 30  # of views at the most
+SHUFFLE_BYTES = 1 << 30  # of their records at the most
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,12 +32,16 @@ class Source:
         images: number of training images.
         views: views[p] are the files that hold pair p of every image.
         stored: the files that hold the stored images.
+        record_bytes: by file name, the mean size of its records.
+        digest: of the manifest, hex.
     """
 
     directory: str
     images: int
     views: tuple[tuple[str, ...], ...]
     stored: tuple[str, ...]
+    record_bytes: Mapping[str, float]
+    digest: str
 
 
 def open_source(split_dir: str, augment: AugmentConfig) -> Source:
@@ -61,7 +68,14 @@ def open_source(split_dir: str, augment: AugmentConfig) -> Source:
     pairs = range(manifest["pairs_per_image"])
     views = [tuple(n for n in names if n.startswith(f"views-p{pair:04d}-")) for pair in pairs]
     stored = tuple(n for n in names if n.startswith("images-"))
-    return Source(split_dir, manifest["images"], tuple(v for v in views if v), stored)
+    return Source(
+        directory=split_dir,
+        images=manifest["images"],
+        views=tuple(v for v in views if v),
+        stored=stored,
+        record_bytes={entry["name"]: entry["bytes"] / max(entry["records"], 1) for entry in manifest["files"]},
+        digest=hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest(),
+    )
 
 
 def _check_file(path: str, size: int) -> None:
@@ -97,9 +111,20 @@ def check_batch(images: int, global_batch: int) -> None:
 
 
 def dataset_from(
-    source: Source, augment: AugmentConfig, seed: int, epochs: int, global_batch: int, start_step: int
+    source: Source,
+    augment: AugmentConfig,
+    seed: int,
+    epochs: int,
+    global_batch: int,
+    start_step: int,
+    pipeline: tf.distribute.InputContext,
+    *,
+    shuffled_keys: bool = False,
 ) -> tf.data.Dataset:
-    """Global batches from one step on.
+    """One input pipeline's part of every global batch from one step on, for strategy.distribute_datasets_from_function.
+
+    All pipelines read all records in the same order, and each makes views of its own rows only. So the global batches
+    do not depend on how many hosts there are.
 
     Args:
         source: the files.
@@ -108,23 +133,26 @@ def dataset_from(
         epochs: at which the data ends.
         global_batch: images in a batch; what is left over at the end of an epoch is dropped.
         start_step: steps that were done already.
+        pipeline: which of how many pipelines this is, and for how many replicas they all are.
+        shuffled_keys: whether key views arrive shuffled among this pipeline's replicas, see KeyBnMode.host.
 
     Returns:
-        A dataset of (query, key), uint8[global_batch, size, size, 3] each.
+        A dataset of (query, key), uint8[n, size, size, 3] each, n = global_batch / replicas: in each step, one element
+        for each replica of this pipeline in turn.
     """
-    steps = steps_per_epoch(source, global_batch)
-    first, skip = divmod(start_step, steps)
+    first, within = divmod(start_step, steps_per_epoch(source, global_batch))
     parts = [
-        _epoch_batches(source, augment, seed, epoch_range, global_batch, stored)
+        _epoch_batches(source, augment, seed, epoch_range, global_batch, stored, (first, within), pipeline)
         for epoch_range, stored in _epochs(source, augment.where, first, epochs)
     ]
-    dataset = parts[0]
-    for part in parts[1:]:
-        dataset = dataset.concatenate(part)
+    dataset = functools.reduce(tf.data.Dataset.concatenate, parts)
+    if shuffled_keys:
+        dataset = shuffle_keys(dataset, seed, start_step, pipeline.input_pipeline_id)
     options = tf.data.Options()
     options.deterministic = True
     options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.OFF
-    return dataset.skip(skip).prefetch(tf.data.AUTOTUNE).with_options(options)
+    rows = global_batch // pipeline.num_replicas_in_sync
+    return dataset.rebatch(rows, drop_remainder=True).prefetch(tf.data.AUTOTUNE).with_options(options)
 
 
 def _epochs(source: Source, where: Where, first: int, epochs: int) -> Iterator[tuple[tf.data.Dataset, bool]]:
@@ -138,12 +166,21 @@ def _epochs(source: Source, where: Where, first: int, epochs: int) -> Iterator[t
 
 
 def _epoch_batches(
-    source: Source, augment: AugmentConfig, seed: int, epochs: tf.data.Dataset, global_batch: int, stored_views: bool
+    source: Source,
+    augment: AugmentConfig,
+    seed: int,
+    epochs: tf.data.Dataset,
+    global_batch: int,
+    stored_views: bool,
+    start: tuple[int, int],
+    pipeline: tf.distribute.InputContext,
 ) -> tf.data.Dataset:
+    """This pipeline's rows of the global batches of some epochs; `start` is an epoch and the steps done within it."""
     files = source.views if stored_views else (source.stored,)
     paths = tf.constant([[posixpath.join(source.directory, name) for name in row] for row in files])
-    pixels = augment.size**2 * 3
-    buffer = max(global_batch, min(SHUFFLE_BUFFER, SHUFFLE_BYTES // (2 * pixels)))
+    largest = max(source.record_bytes[name] for row in files for name in row)
+    buffer = max(global_batch, min(SHUFFLE_BUFFER, int(SHUFFLE_BYTES / largest)))
+    steps, hosts = steps_per_epoch(source, global_batch), pipeline.num_input_pipelines
 
     def one_epoch(epoch: tf.Tensor) -> tf.data.Dataset:
         seeds = tf.random.stateless_uniform(
@@ -155,12 +192,16 @@ def _epoch_batches(
             tf.data.TFRecordDataset, cycle_length=8, block_length=16, deterministic=True
         )
         records = records.shuffle(buffer, seed=seeds[0], reshuffle_each_iteration=False)
+        # In whole records, so that nothing is made of those of other hosts and of steps that were done already.
+        records = records.batch(global_batch // hosts, drop_remainder=True).shard(hosts, pipeline.input_pipeline_id)
+        records = records.take(steps).skip(tf.where(epoch == start[0], tf.constant(start[1], tf.int64), 0))
         if stored_views:
-            return records.batch(global_batch, drop_remainder=True).map(
-                lambda batch: _parse_views(batch, augment.size), num_parallel_calls=2
-            )
-        made = records.map(lambda r: _make_views(r, epoch, seed, augment), num_parallel_calls=tf.data.AUTOTUNE)
-        return made.batch(global_batch, drop_remainder=True).map(lambda pairs: (pairs[:, 0], pairs[:, 1]))
+            return records.map(lambda batch: _parse_views(batch, augment.size), num_parallel_calls=2)
+        made = records.unbatch().map(
+            lambda r: _make_views(r, epoch, seed, augment), num_parallel_calls=tf.data.AUTOTUNE
+        )
+        made = made.batch(global_batch // hosts, drop_remainder=True)
+        return made.map(lambda pairs: (pairs[:, 0], pairs[:, 1]))
 
     return epochs.flat_map(one_epoch)
 

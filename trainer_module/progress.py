@@ -46,5 +46,9 @@ def report(task: str, done: int, total: int | None, unit: str, **figures: float)
 
 
 def note(text: str) -> None:
-    """Says one line that the user should see, beside the progress, to whoever listens on `moco.progress`."""
-    logging.getLogger(LOGGER_NAME).info("%s", text, extra={"note": text})
+    """Tells the user one line that matters but stops nothing, as a warning on the same logger.
+
+    Args:
+        text: one line, such as "checkpoints/step-00000120 is damaged; training goes on from step 80".
+    """
+    logging.getLogger(LOGGER_NAME).warning("%s", text, extra={"note": text})

@@ -1,6 +1,7 @@
 """What the TFX Trainer calls: build, train, export."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 import posixpath
@@ -10,18 +11,19 @@ import tensorflow as tf
 import tensorflow_transform as tft
 
 from trainer_module import config_json
-from trainer_module.config import AugmentConfig, EncoderConfig, ImageConfig, TrainConfig
+from trainer_module.build import build
+from trainer_module.config import AugmentConfig, EncoderConfig, ImageConfig, KeyBnMode, TrainConfig, is_operational
 from trainer_module.driver import Driver, learning_rate, train
-from trainer_module.encoder import build_encoder
 from trainer_module.export import ENCODED, EncoderModule, EvaluationModule, save_encoder, save_evaluation
-from trainer_module.images import eval_resize
-from trainer_module.input import dataset_from, open_source, steps_per_epoch
-from trainer_module.moco import MoCo
-from trainer_module.shuffle import key_encoding
-from trainer_module.strategy import make_strategy
+from trainer_module.images import check_channel_statistics, eval_resize
+from trainer_module.input import Source, dataset_from, open_source, steps_per_epoch
+from trainer_module.online_knn import backbone_embedder, make_online_knn
+from trainer_module.strategy import choose_strategy, host_count
+from trainer_module.torch_weights import load_initial_weights, moco_tensors, write_tensors
 from trainer_module.watch import Result
 
 TRAINING_FILE = "training.json"
+MOCO_FILE = "moco.safetensors"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,8 +33,8 @@ class Experiment:
     Attributes:
         image, augment, encoder, train: see trainer_module.config.
         seed: of weights, queue, permutations, order and views.
-        checkpoints: folder under which each experiment has a checkpoint folder of its own.
-        code: fingerprint of the sources that train; other code does not continue this one's checkpoints.
+        checkpoints: folder of the checkpoints.
+        code: fingerprint of the sources that train.
     """
 
     image: ImageConfig
@@ -52,12 +54,10 @@ class Experiment:
         """The inverse of to_custom_config."""
         return config_json.loads(Experiment, custom_config["experiment"])
 
-
-def checkpoint_dir(experiment: Experiment, views: str, transform_graph: str) -> str:
-    """The folder of the checkpoints that may be continued: same configuration, code and input artifacts."""
-    parts = (config_json.dumps(experiment), views, transform_graph)
-    digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()
-    return posixpath.join(experiment.checkpoints, digest[:16])
+    def identity(self) -> dict[str, Any]:
+        """What decides the weights, as far as it is known before the images are: {"train.queue": 65536, …}."""
+        settings = config_json.flatten(self)
+        return {key: settings[key] for key in sorted(settings.keys() - {"checkpoints"}) if not is_operational(key)}
 
 
 class ChannelStatistics(NamedTuple):
@@ -73,7 +73,8 @@ def run_fn(fn_args: Any) -> None:
     Args:
         fn_args: tfx.components.FnArgs. train_files holds the pattern of ViewAugmenter's train split, transform_output
             the Transform graph, custom_config an Experiment. Writes serving_model_dir (the published encoder),
-            eval_model_dir (for the Evaluator) and into model_run_dir TensorBoard logs and training.json.
+            eval_model_dir (for the Evaluator), and into model_run_dir curves, training.json, and both encoders and
+            the queue in MoCo's PyTorch names.
 
     Raises:
         UserError: see trainer_module.input and trainer_module.driver.
@@ -82,37 +83,44 @@ def run_fn(fn_args: Any) -> None:
     config = experiment.train
     transform = tft.TFTransformOutput(fn_args.transform_output).transform_features_layer()
     statistics = channel_statistics(transform)
-    source = open_source(posixpath.dirname(fn_args.train_files[0]), experiment.augment)
+    split_dir = posixpath.dirname(fn_args.train_files[0])
+    source = open_source(split_dir, experiment.augment)
     steps = steps_per_epoch(source, config.global_batch)
 
-    strategy = make_strategy(config.replicas)
-    encoder = build_encoder(experiment.encoder, experiment.augment.size, config.precision, experiment.seed)
-    untrained = make_encoder_module(encoder.backbone, transform, statistics, experiment)
-    moco = MoCo(
-        model=encoder.model,
-        mean=statistics.mean,
-        std=statistics.std,
-        encode_keys=key_encoding(config.key_bn.mode),
-        learning_rate=learning_rate(config, steps),
-        m=config.momentum,
-        temperature=config.temperature,
-        sgd_momentum=config.sgd_momentum,
-        weight_decay=config.weight_decay,
-        seed=experiment.seed,
+    strategy = choose_strategy(config)
+    encoder, moco = build(
+        experiment.encoder,
+        config,
+        experiment.augment.size,
+        *statistics,
+        learning_rate(config, steps),
+        experiment.seed,
+        hosts=host_count(strategy),
     )
+    untrained = make_encoder_module(encoder.backbone, transform, statistics, experiment)
+    if experiment.encoder.weights:
+        load_initial_weights(encoder, experiment.encoder.weights)
     driver = Driver(moco, config, strategy)
-    checkpoints = checkpoint_dir(experiment, fn_args.train_files[0], fn_args.transform_output)
-    logs = posixpath.join(checkpoints, "logs")
+    knn = make_online_knn(split_dir, config.watch, backbone_embedder(strategy, encoder, *driver.query, *statistics))
+    logs = posixpath.join(experiment.checkpoints, "logs")
     result = train(
         driver,
         strategy,
-        lambda start: dataset_from(
-            source, experiment.augment, experiment.seed, config.epochs, config.global_batch, start
+        functools.partial(
+            dataset_from,
+            source,
+            experiment.augment,
+            experiment.seed,
+            config.epochs,
+            config.global_batch,
+            shuffled_keys=config.key_bn.mode is KeyBnMode.host,
         ),
         config,
         steps,
-        checkpoints,
+        experiment.checkpoints,
         logs,
+        {**experiment.identity(), "images": identity_of_images(source, statistics)},
+        knn,
     )
     _copy_files(posixpath.join(logs, "train"), posixpath.join(fn_args.model_run_dir, "train"))
     driver.copy_weights_to(encoder.model)
@@ -120,7 +128,8 @@ def run_fn(fn_args: Any) -> None:
     save_evaluation(EvaluationModule(trained, untrained), fn_args.eval_model_dir)
     facts = {"dim": encoder.backbone.output_shape[-1], "layer": "backbone", **statistics._asdict()}
     save_encoder(trained, facts, fn_args.serving_model_dir)
-    _write_result(result, config, strategy, fn_args.model_run_dir)
+    write_tensors(posixpath.join(fn_args.model_run_dir, MOCO_FILE), moco_tensors(encoder.model, driver.state()))
+    _write_result(result, strategy, fn_args.model_run_dir)
 
 
 def channel_statistics(transform: Any) -> ChannelStatistics:
@@ -128,8 +137,15 @@ def channel_statistics(transform: Any) -> ChannelStatistics:
     pixel = tf.io.encode_png(tf.fill([1, 1, 3], tf.constant(128, tf.uint8)))
     out = transform({ENCODED: tf.reshape(pixel, [1, 1])})
     mean, variance = (tf.reshape(out[name], [-1])[:3].numpy() for name in ("channel_mean", "channel_variance"))
+    check_channel_statistics(mean, variance)
     # A channel that never varies would divide by zero.
     return ChannelStatistics(tuple(map(float, mean)), tuple(max(float(v) ** 0.5, 1.0) for v in variance))
+
+
+def identity_of_images(source: Source, statistics: ChannelStatistics) -> str:
+    """Names the training images and their views by content, such as "1767 with digest 5f0c93a1b2d4e6f7"."""
+    text = json.dumps([source.digest, statistics])
+    return f"{source.images} with digest {hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
 def make_encoder_module(
@@ -148,10 +164,10 @@ def _copy_files(source: str, destination: str) -> None:
         tf.io.gfile.copy(posixpath.join(source, name), posixpath.join(destination, name), overwrite=True)
 
 
-def _write_result(result: Result, config: TrainConfig, strategy: tf.distribute.Strategy, directory: str) -> None:
+def _write_result(result: Result, strategy: tf.distribute.Strategy, directory: str) -> None:
     what = {
         **dataclasses.asdict(result),
-        "replicas": config.replicas,
+        "replicas": strategy.num_replicas_in_sync,
         "strategy": type(strategy).__name__,
     }
     with tf.io.gfile.GFile(posixpath.join(directory, TRAINING_FILE), "w") as file:

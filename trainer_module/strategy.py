@@ -1,6 +1,20 @@
-"""Where the step runs: tf.distribute strategies."""
+"""Where the step runs: tf.distribute strategies over TPU cores, GPUs or logical CPU devices."""
+
+import contextlib
+import socket
+from collections.abc import Iterator
+from pathlib import Path
 
 import tensorflow as tf
+
+from trainer_module.config import StrategyKind, TpuConfig, TrainConfig
+from trainer_module.errors import UserError
+
+LOCAL_TPU = "local"
+_TPU_STEPS_PER_LOOP = 100
+_SECONDS_TO_ANSWER = 10.0  # for the network to say whether there is a TPU of that name
+_GOOGLE = "0x1ae0"  # PCI vendor
+_TPU_CHIPS = {"0x0027", "0x005e", "0x0062", "0x0063", "0x006f"}  # PCI devices: v2 and v3, v4, v5p, v5e, v6e
 
 
 def make_strategy(replicas: int) -> tf.distribute.Strategy:
@@ -27,3 +41,127 @@ def prepare_devices(replicas: int) -> None:
     present = tf.config.get_logical_device_configuration(cpu) or []
     if len(present) < replicas and replicas > 1:
         tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * replicas)
+
+
+def prepare(config: TrainConfig) -> None:
+    """Sets up what `choose_strategy` will use, before TensorFlow's first operation, and misses a TPU at once.
+
+    Raises:
+        UserError: the TPU that was asked for is not there.
+    """
+    prepare_devices(config.replicas if _resolve(config) is StrategyKind.mirrored and not _gpus() else 1)
+    if _resolve(config) is StrategyKind.tpu:
+        choose_strategy(config)
+
+
+def choose_strategy(config: TrainConfig) -> tf.distribute.Strategy:
+    """The strategy that a configuration asks for.
+
+    `auto` is a TPU if one is named or attached, else the GPUs, else `replicas` logical CPU devices. On TPUs and GPUs
+    the cores that there are decide the number of replicas, not `replicas`.
+
+    Raises:
+        UserError: no such TPU, or a global batch that the cores cannot share.
+    """
+    kind = _resolve(config)
+    if kind is StrategyKind.tpu:
+        strategy: tf.distribute.Strategy = _tpu_strategy(config)
+    elif kind is StrategyKind.single:
+        strategy = tf.distribute.get_strategy()
+    elif _gpus():
+        strategy = tf.distribute.MirroredStrategy([f"GPU:{i}" for i in range(len(_gpus()))])
+    else:
+        strategy = make_strategy(config.replicas)
+    _check_shares(config.global_batch, strategy.num_replicas_in_sync)
+    return strategy
+
+
+def steps_per_loop(config: TrainConfig, strategy: tf.distribute.Strategy) -> int:
+    """Steps between two returns to Python: `train.steps_per_loop`; 0 means 100 on a TPU, 1 elsewhere."""
+    automatic = _TPU_STEPS_PER_LOOP if isinstance(strategy, tf.distribute.TPUStrategy) else 1
+    return config.steps_per_loop or automatic
+
+
+def host_count(strategy: tf.distribute.Strategy) -> int:
+    """Hosts that feed the replicas."""
+    return int(strategy.extended.num_hosts) if isinstance(strategy, tf.distribute.TPUStrategy) else 1
+
+
+def _resolve(config: TrainConfig) -> StrategyKind:
+    if config.strategy is not StrategyKind.auto:
+        return config.strategy
+    if config.tpu.name or _tpu_attached():
+        return StrategyKind.tpu
+    return StrategyKind.mirrored if _gpus() or config.replicas > 1 else StrategyKind.single
+
+
+def _gpus() -> list[tf.config.PhysicalDevice]:
+    return tf.config.list_physical_devices("GPU")
+
+
+def _tpu_attached(devices: Path = Path("/sys/bus/pci/devices")) -> bool:
+    """Whether a TPU chip is on this machine's PCI bus; asks no driver and no network."""
+    return any(
+        (device / "vendor").read_text().strip() == _GOOGLE and (device / "device").read_text().strip() in _TPU_CHIPS
+        for device in (devices.iterdir() if devices.is_dir() else ())
+    )
+
+
+def _tpu_strategy(config: TrainConfig) -> tf.distribute.TPUStrategy:
+    try:
+        with _answers_within(_SECONDS_TO_ANSWER):
+            resolver = _resolver(config.tpu)
+        tf.config.experimental_connect_to_cluster(resolver)
+        tf.tpu.experimental.initialize_tpu_system(resolver)
+    except Exception as error:  # each of the libraries on the way to a TPU has exceptions of its own
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"train.strategy={config.strategy.name}: no TPU{_named(config.tpu)} ({_shortened(reason)}); "
+            f"on a TPU VM set train.tpu.name={LOCAL_TPU}; elsewhere train.strategy={_without_tpu(config)}"
+        ) from error
+    return tf.distribute.TPUStrategy(resolver)
+
+
+def _without_tpu(config: TrainConfig) -> str:
+    return "mirrored" if config.strategy is StrategyKind.auto or _tpu_attached() else "auto"
+
+
+def _resolver(tpu: TpuConfig) -> tf.distribute.cluster_resolver.TPUClusterResolver:
+    """Finds the TPU's hosts and knocks at the first; TensorFlow would wait for minutes for one that is not there."""
+    resolver = tf.distribute.cluster_resolver.TPUClusterResolver(
+        tpu=tpu.name or LOCAL_TPU, zone=tpu.zone or None, project=tpu.project or None
+    )
+    hosts = resolver.cluster_spec().as_dict().get("worker", [])
+    for host in hosts[:1]:
+        name, _, port = host.rpartition(":")
+        socket.create_connection((name, int(port))).close()
+    return resolver
+
+
+@contextlib.contextmanager
+def _answers_within(seconds: float) -> Iterator[None]:
+    """Gives every network connection that is opened meanwhile a time limit; the clients of Google Cloud set none."""
+    former = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(seconds)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(former)
+
+
+def _named(tpu: TpuConfig) -> str:
+    return f" {tpu.name}" if tpu.name and tpu.name != LOCAL_TPU else " on this machine"
+
+
+def _shortened(reason: str) -> str:
+    return reason if len(reason) <= 100 else f"{reason[:99]}…"
+
+
+def _check_shares(global_batch: int, cores: int) -> None:
+    if global_batch % cores:
+        below = global_batch // cores * cores
+        near = " or ".join(str(batch) for batch in (below, below + cores) if batch)
+        raise UserError(
+            f"train.global_batch={global_batch} is not divisible by the {cores} cores that share it; "
+            f"e.g. train.global_batch={near}"
+        )

@@ -8,7 +8,6 @@ import collections
 import contextlib
 import dataclasses
 import functools
-import logging
 import math
 import os
 import time
@@ -281,7 +280,6 @@ class Watch:
         self._intervals = [i for i in self._intervals if i.step > self._seen - self._steps_per_epoch] + [interval]
         self._history, alarms = judge(self._history, interval, self._config)
         for alarm in alarms:
-            logging.getLogger(__name__).warning(alarm.text)
             progress.note(alarm.text)
         self._figures = {"loss": interval.loss}
         if math.isfinite(interval.images_per_second):

@@ -10,9 +10,9 @@ import hashlib
 import io
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -143,16 +143,15 @@ def make_data(scale: Scale) -> Data:
             views[index, row] = pair(tf.constant(image), tf.constant(identity), tf.constant(index, tf.int64))
 
     def centre(many: list[NDArray[np.uint8]]) -> NDArray[np.uint8]:
-        return np.stack([np.asarray(Image.fromarray(one).resize((scale.size,) * 2, Image.Resampling.BOX)) for one in many])
+        return np.stack(
+            [np.asarray(Image.fromarray(one).resize((scale.size,) * 2, Image.Resampling.BOX)) for one in many]
+        )
 
-    return Data(
-        views, centre(images[True]), np.array(labels[True]), centre(images[False]), np.array(labels[False])
-    )
+    return Data(views, centre(images[True]), np.array(labels[True]), centre(images[False]), np.array(labels[False]))
 
 
 def train_one(mode: KeyBnMode, seed: int, scale: Scale, data: Data) -> list[Point]:
     """Trains one mode; `split` on one device with as many groups as the others have replicas."""
-    import tensorflow as tf
 
     from trainer_module.build import build, first_state
     from trainer_module.driver import Driver, learning_rate
@@ -185,14 +184,13 @@ def train_one(mode: KeyBnMode, seed: int, scale: Scale, data: Data) -> list[Poin
             driver.copy_weights_to(built.encoder.model)
             top1, loss = (float(np.mean([float(getattr(m, n)) for m in metrics])) for n in ("pretext_top1", "loss"))
             points.append(Point(epoch, top1, loss, _knn(built.encoder.backbone, data, mean, std)))
-    tf.keras.backend.clear_session() if False else None
     return points
 
 
-def _batches(data: Data, seed: int, scale: Scale):  # noqa: ANN202
+def _batches(data: Data, seed: int, scale: Scale) -> Any:
     import tensorflow as tf
 
-    def each():  # noqa: ANN202
+    def each() -> Iterator[tuple[NDArray[np.uint8], NDArray[np.uint8]]]:
         for epoch in range(scale.epochs):
             order = np.random.default_rng((seed, epoch)).permutation(data.views.shape[1])
             for start in range(0, len(order) - scale.batch + 1, scale.batch):
@@ -205,7 +203,7 @@ def _batches(data: Data, seed: int, scale: Scale):  # noqa: ANN202
     return tf.data.Dataset.from_generator(each, output_signature=(spec, spec)).prefetch(4).with_options(options)
 
 
-def _knn(backbone, data: Data, mean: tuple[float, ...], std: tuple[float, ...]) -> float:  # noqa: ANN001
+def _knn(backbone: Any, data: Data, mean: tuple[float, ...], std: tuple[float, ...]) -> float:
     from trainer_module.knn import knn_top1, unit
 
     bank, queries = (

@@ -1,6 +1,9 @@
-"""The loop: learning, exact resume, refusal of a diverged run."""
+"""The loop: learning, exact resume, interruption, refusal of a diverged run, and what replicas hold."""
 
 import dataclasses
+import gc
+import logging
+import signal
 
 import numpy as np
 import pytest
@@ -10,6 +13,7 @@ from trainer_module.config import KeyBnMode, TrainConfig
 from trainer_module.driver import Driver, train
 from trainer_module.errors import UserError
 from trainer_module.moco import MoCo
+from trainer_module.progress import LOGGER_NAME
 from trainer_module.shuffle import key_encoding
 from trainer_module.strategy import make_strategy
 
@@ -21,7 +25,7 @@ def model(tiny_encoder):
     return tiny_encoder
 
 
-def dataset_from(start):
+def dataset_from(start, pipeline):
     """Noise images, each with two views that differ a little; the batch of a step depends on the step alone."""
 
     def batch(step):
@@ -30,37 +34,58 @@ def dataset_from(start):
         views = [image + tf.random.stateless_uniform(shape, [2 + i, step], 0, 50, tf.int32) for i in (0, 1)]
         return tuple(tf.cast(v, tf.uint8) for v in views)
 
-    return tf.data.Dataset.range(start, 10_000).map(batch)
+    return tf.data.Dataset.range(start, 10_000).map(batch).rebatch(BATCH // pipeline.num_replicas_in_sync, True)
 
 
-def run(model, directory, epochs, replicas=2, rate=0.05, schedule_epochs=None):
-    config = TrainConfig(
-        replicas=replicas,
+def make_config(epochs, **changes):
+    plain = TrainConfig(
+        replicas=2,
         global_batch=BATCH,
         epochs=epochs,
         queue=64,
-        learning_rate=rate,
+        learning_rate=0.05,
         momentum=0.9,
         checkpoint_seconds=1e9,
         log_steps=1,
     )
-    horizon = schedule_epochs or epochs
+    return dataclasses.replace(plain, **changes)
+
+
+def make_driver(model, config, horizon):
+    """A driver whose learning rate falls to 0 over `horizon` epochs."""
+    strategy = make_strategy(config.replicas)
     moco = MoCo(
         model,
         (110.0,) * 3,
         (60.0,) * 3,
         key_encoding(KeyBnMode.cross_replica_sum),
-        lambda step: rate * (1 - tf.cast(step, tf.float32) / (horizon * STEPS)),
+        lambda step: config.learning_rate * (1 - tf.cast(step, tf.float32) / (horizon * STEPS)),
         0.9,
         0.2,
         0.9,
         1e-4,
         0,
     )
-    strategy = make_strategy(replicas)
-    driver = Driver(moco, config, strategy)
-    result = train(driver, strategy, dataset_from, config, STEPS, str(directory / "ckpt"), str(directory / "logs"))
+    return Driver(moco, config, strategy), strategy
+
+
+def run(model, directory, epochs, schedule_epochs=None, identity=None, **changes):
+    config = make_config(epochs, **changes)
+    driver, strategy = make_driver(model, config, schedule_epochs or epochs)
+    folders = str(directory / "ckpt"), str(directory / "logs")
+    result = train(driver, strategy, dataset_from, config, STEPS, *folders, identity=identity or {})
     return driver.state(), result
+
+
+def assert_same(one, other):
+    for a, b in zip(tf.nest.flatten(one), tf.nest.flatten(other), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.fixture(scope="module")
+def whole(model, tmp_path_factory):
+    """State and result of an unbroken run of three epochs."""
+    return run(model, tmp_path_factory.mktemp("whole"), epochs=3)
 
 
 def test_the_loss_falls_and_the_positive_is_found(model, tmp_path):
@@ -70,13 +95,60 @@ def test_the_loss_falls_and_the_positive_is_found(model, tmp_path):
     assert result.final_loss < np.log(65)
 
 
-def test_a_resumed_run_ends_with_the_state_of_an_uninterrupted_one_to_the_bit(model, tmp_path):
-    whole, _ = run(model, tmp_path / "whole", epochs=4)
-    run(model, tmp_path / "parts", epochs=2, schedule_epochs=4)
-    resumed, result = run(model, tmp_path / "parts", epochs=4)
-    assert result.resumed_from == 2 * STEPS
-    for a, b in zip(tf.nest.flatten(whole), tf.nest.flatten(resumed), strict=True):
-        np.testing.assert_array_equal(a, b)
+def test_a_resumed_run_ends_with_the_state_of_an_uninterrupted_one_to_the_bit(model, tmp_path, whole):
+    run(model, tmp_path, epochs=1, schedule_epochs=3)
+    resumed, result = run(model, tmp_path, epochs=3)
+    assert result.resumed_from == STEPS
+    assert_same(whole[0], resumed)
+
+
+@pytest.mark.parametrize("steps_per_loop", [3, 100])
+def test_state_and_figures_do_not_depend_on_the_steps_of_a_loop(model, tmp_path, whole, steps_per_loop):
+    state, result = run(model, tmp_path, epochs=3, steps_per_loop=steps_per_loop)
+    assert_same(whole[0], state)
+    assert result == dataclasses.replace(whole[1], images_per_second=result.images_per_second)
+
+
+class InterruptAtFirstReport(logging.Handler):
+    """Sends this process SIGINT once training has reported its first step."""
+
+    def emit(self, _):
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_an_interruption_saves_the_last_step_and_the_run_ends_as_an_unbroken_one(model, tmp_path, whole):
+    logger, handler = logging.getLogger(LOGGER_NAME), InterruptAtFirstReport()
+    logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run(model, tmp_path, epochs=3)
+    finally:
+        logger.removeHandler(handler)
+    assert [file.name for file in (tmp_path / "ckpt").glob("*.index")] == ["step-00000001.index"]
+    resumed, result = run(model, tmp_path, epochs=3)
+    assert result.resumed_from == 1
+    assert_same(whole[0], resumed)
+
+
+def test_a_run_goes_on_with_another_number_of_replicas(model, tmp_path):
+    run(model, tmp_path, epochs=1, schedule_epochs=2)
+    state, result = run(model, tmp_path, epochs=2, replicas=4)
+    assert result.resumed_from == STEPS
+    assert state.step == 2 * STEPS
+    assert np.isfinite(result.final_loss)
+
+
+def test_a_run_with_other_settings_is_refused_with_the_keys(model, tmp_path):
+    run(model, tmp_path, epochs=1, identity={"seed": 0})
+    with pytest.raises(UserError, match=r"ckpt is of a run with seed=0, now 1; finish it"):
+        run(model, tmp_path, epochs=1, identity={"seed": 1})
+
+
+def test_a_checkpoint_of_another_network_is_refused(model, tmp_path):
+    run(model, tmp_path, epochs=1)
+    with pytest.raises(UserError, match="other tensors"):
+        run(model, tmp_path, epochs=1, queue=128)
 
 
 def test_a_finished_run_started_again_trains_no_further(model, tmp_path):
@@ -89,16 +161,42 @@ def test_a_finished_run_started_again_trains_no_further(model, tmp_path):
 
 def test_a_diverged_run_stops_with_the_step_and_the_mend(model, tmp_path):
     with pytest.raises(UserError, match=r"step \d+ is nan; lower train.learning_rate"):
-        run(model, tmp_path, epochs=3, rate=1e30)
+        run(model, tmp_path, epochs=3, learning_rate=1e30)
 
 
-def test_all_replicas_hold_the_same_state(model):
-    strategy = make_strategy(2)
-    config = TrainConfig(replicas=2, global_batch=BATCH, epochs=1, queue=64)
-    encode = key_encoding(KeyBnMode.cross_replica_sum)
-    moco = MoCo(model, (110.0,) * 3, (60.0,) * 3, encode, lambda _: tf.constant(0.1), 0.9, 0.2, 0.9, 1e-4, 0)
-    driver = Driver(moco, config, strategy)
-    driver.compiled_step()(iter(strategy.experimental_distribute_dataset(dataset_from(0))))
+@pytest.fixture(scope="module")
+def driver_after_a_step(model):
+    driver, strategy = make_driver(model, make_config(epochs=1), horizon=1)
+    driver.compiled_step()(iter(strategy.distribute_datasets_from_function(lambda part: dataset_from(0, part))))
+    return driver, strategy
+
+
+def test_all_replicas_hold_the_same_state(driver_after_a_step):
+    driver, strategy = driver_after_a_step
+    driver.check_replicas_agree()
     for variable in tf.nest.flatten(driver._variables):
         first, second = strategy.experimental_local_results(variable)
         np.testing.assert_array_equal(first, second)
+
+
+@pytest.mark.parametrize("field", ["queue", "pointer", "slots"])
+def test_replicas_that_disagree_in_one_bit_are_caught_by_name(driver_after_a_step, field):
+    driver, strategy = driver_after_a_step
+    variable = tf.nest.flatten(getattr(driver._variables, field))[0]
+    second = strategy.experimental_local_results(variable)[1]
+    right = second.numpy()
+    wrong = np.array(right)
+    wrong.reshape(-1).view(np.int32)[0] ^= 1
+    second.assign(wrong)
+    with pytest.raises(RuntimeError, match=rf"after step 1 the replicas' states differ in {field}(/0)?$"):
+        driver.check_replicas_agree()
+    second.assign(right)
+    driver.check_replicas_agree()
+
+
+def test_the_driver_holds_each_tensor_of_state_once_for_each_replica(model):
+    size = 64 * 1237  # a queue whose shape nothing else here has
+    driver, _ = make_driver(model, make_config(epochs=1, queue=size), horizon=1)
+    gc.collect()
+    tensors = [o for o in gc.get_objects() if isinstance(o, tf.__internal__.EagerTensor) and o.dtype == tf.float32]
+    assert not [t for t in tensors if t.shape == driver.state().queue.shape]

@@ -1,59 +1,35 @@
 """The trainer's input: epochs of pairs, the order by seed, and going on from any step."""
 
-import json
+import dataclasses
 
 import numpy as np
 import pytest
 import tensorflow as tf
+from view_files import write_views
 
+from trainer_module import input as trainer_input
 from trainer_module.config import AugmentConfig, Where
 from trainer_module.errors import UserError
 from trainer_module.input import dataset_from, open_source, steps_per_epoch
+from trainer_module.strategy import make_strategy
 from trainer_module.views import view_pair
 
 SIZE, IMAGES, PAIRS, SHARDS, SEED = 8, 22, 2, 3, 4
 BEAM = AugmentConfig(size=SIZE, pairs_per_image=PAIRS, where=Where.beam)
 BOTH = AugmentConfig(size=SIZE, pairs_per_image=PAIRS, where=Where.both)
 TRAINER = AugmentConfig(size=SIZE, pairs_per_image=PAIRS, where=Where.trainer)
-
-
-def bytes_feature(value):
-    return tf.train.Feature(bytes_list=tf.train.BytesList(value=[value]))
-
-
-def write_records(path, rows):
-    with tf.io.TFRecordWriter(str(path)) as writer:
-        for row in rows:
-            feature = {name: bytes_feature(value) for name, value in row.items()}
-            writer.write(tf.train.Example(features=tf.train.Features(feature=feature)).SerializeToString())
-    return {"name": path.name, "records": len(rows), "bytes": path.stat().st_size}
+PLAIN_TRAINER = dataclasses.replace(TRAINER, jitter_probability=0, gray_probability=0, blur_probability=0)
 
 
 @pytest.fixture(scope="module")
 def split_dir(tmp_path_factory):
     """What ViewAugmenter writes for `both`: stored images, and their first pairs."""
-    folder = tmp_path_factory.mktemp("views") / "Split-train"
-    folder.mkdir()
-    rng = np.random.default_rng(0)
-    images = {f"{i:064x}": rng.integers(0, 256, (12, 10, 3)).astype("uint8") for i in range(IMAGES)}
-    shards = [list(images)[i::SHARDS] for i in range(SHARDS)]
-    files = []
-    for shard, ids in enumerate(shards):
-        tail = f"{shard:05d}-of-{SHARDS:05d}.tfrecord"
-        stored = [{"id": i.encode(), "image": tf.io.encode_png(images[i]).numpy()} for i in ids]
-        files.append(write_records(folder / f"images-{tail}", stored))
-        for pair in range(PAIRS):
-            views = {i: view_pair(tf.constant(images[i]), i, pair, SEED, BEAM).numpy() for i in ids}
-            rows = [{"id": i.encode(), "query": v[0].tobytes(), "key": v[1].tobytes()} for i, v in views.items()]
-            files.append(write_records(folder / f"views-p{pair:04d}-{tail}", rows))
-    manifest = {"size": SIZE, "pairs_per_image": PAIRS, "images": IMAGES, "files": files}
-    (folder.parent / "views.json").write_text(json.dumps(manifest))
-    return folder
+    return write_views(tmp_path_factory.mktemp("views"), IMAGES, SHARDS, SEED, BEAM)
 
 
-def batches(split_dir, augment, epochs=3, start=0, batch=5, seed=SEED):
+def batches(split_dir, augment, epochs=3, start=0, batch=5, seed=SEED, pipeline=None):
     source = open_source(str(split_dir), augment)
-    data = dataset_from(source, augment, seed, epochs, batch, start)
+    data = dataset_from(source, augment, seed, epochs, batch, start, pipeline or tf.distribute.InputContext())
     return [(q.numpy(), k.numpy()) for q, k in data]
 
 
@@ -72,6 +48,49 @@ def test_going_on_from_a_step_gives_the_batches_that_would_have_come(split_dir):
         for (q, k), (expected_q, expected_k) in zip(rest, whole[start:], strict=True):
             np.testing.assert_array_equal(q, expected_q)
             np.testing.assert_array_equal(k, expected_k)
+
+
+@pytest.mark.parametrize(
+    ("augment", "hosts", "replicas", "start"),
+    [(BEAM, 1, 2, 0), (BEAM, 2, 2, 0), (BEAM, 2, 4, 6), (PLAIN_TRAINER, 1, 2, 6), (PLAIN_TRAINER, 2, 4, 6)],
+    ids=lambda value: value.where.name if isinstance(value, AugmentConfig) else None,
+)
+def test_the_rows_of_all_hosts_and_replicas_together_are_the_global_batches(split_dir, augment, hosts, replicas, start):
+    whole = batches(split_dir, augment, batch=4, start=start)
+    contexts = [tf.distribute.InputContext(hosts, host, replicas) for host in range(hosts)]
+    parts = [batches(split_dir, augment, batch=4, start=start, pipeline=context) for context in contexts]
+    each = replicas // hosts  # replicas of one host, each with an element of its own in every step
+    assert {len(part) for part in parts} == {len(whole) * each}
+    for step, views in enumerate(whole):
+        elements = [element for part in parts for element in part[step * each : (step + 1) * each]]
+        for which in (0, 1):
+            np.testing.assert_array_equal(np.concatenate([e[which] for e in elements]), views[which])
+
+
+def test_a_strategy_s_replicas_get_their_rows_of_the_global_batch_in_order(split_dir):
+    strategy = make_strategy(2)
+    source = open_source(str(split_dir), BEAM)
+    data = strategy.distribute_datasets_from_function(
+        lambda pipeline: dataset_from(source, BEAM, SEED, 3, 4, 0, pipeline)
+    )
+    whole = batches(split_dir, BEAM, batch=4)
+    for (query, _), (expected, _) in zip(data, whole, strict=True):
+        rows = strategy.experimental_local_results(query)
+        assert [r.shape[0] for r in rows] == [2, 2]
+        np.testing.assert_array_equal(np.concatenate(rows), expected)
+
+
+def test_going_on_makes_no_views_of_the_steps_that_are_done(split_dir, monkeypatch):
+    made = []
+
+    def counted(image, identity, *rest):
+        tf.py_function(made.append, [identity], [])
+        return view_pair(image, identity, *rest)
+
+    monkeypatch.setattr(trainer_input, "view_pair", counted)
+    rest = batches(split_dir, PLAIN_TRAINER, epochs=1, start=3)
+    assert len(rest) == 1
+    assert len(made) == 5
 
 
 def test_views_made_by_the_trainer_are_those_that_beam_stored(split_dir):

@@ -1,0 +1,80 @@
+"""Which cores a configuration gets: this machine's CPU, its GPUs, or a TPU, and one line where there is none."""
+
+import dataclasses
+import socket
+import time
+
+import pytest
+import tensorflow as tf
+
+from trainer_module import strategy
+from trainer_module.config import StrategyKind, TpuConfig, TrainConfig
+from trainer_module.errors import UserError
+
+CONFIG = TrainConfig(replicas=2, global_batch=12)
+ON_CPU = pytest.mark.skipif(bool(tf.config.list_physical_devices("GPU")), reason="a GPU is here")
+
+
+def with_strategy(kind, **changes):
+    return dataclasses.replace(CONFIG, strategy=StrategyKind[kind], **changes)
+
+
+@ON_CPU
+@pytest.mark.parametrize(
+    ("kind", "replicas", "cores"), [("auto", 2, 2), ("auto", 1, 1), ("mirrored", 4, 4), ("single", 4, 1)]
+)
+def test_on_a_cpu_replicas_are_logical_devices(kind, replicas, cores):
+    assert strategy.choose_strategy(with_strategy(kind, replicas=replicas)).num_replicas_in_sync == cores
+
+
+def unreachable_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+@pytest.mark.parametrize("kind", ["tpu", "auto"])
+@pytest.mark.parametrize("name", ["local", "no-such-tpu", "grpc"])
+def test_a_tpu_that_is_not_there_is_one_line_with_the_mend_and_no_long_wait(monkeypatch, kind, name):
+    monkeypatch.setenv("GCE_METADATA_IP", f"127.0.0.1:{unreachable_port()}")  # even on a machine of Google's
+    name = f"grpc://127.0.0.1:{unreachable_port()}" if name == "grpc" else name
+    began = time.monotonic()
+    with pytest.raises(UserError) as refusal:
+        strategy.prepare(with_strategy(kind, tpu=TpuConfig(name=name)))
+    assert time.monotonic() - began < 60
+    text = str(refusal.value)
+    assert "\n" not in text
+    assert text.startswith(f"train.strategy={kind}: no TPU")
+    assert "on a TPU VM set train.tpu.name=local; elsewhere train.strategy=" in text
+    assert name == "local" or name in text
+
+
+def test_a_strategy_of_tpu_without_a_name_looks_for_one_on_this_machine():
+    with pytest.raises(UserError, match="no TPU on this machine"):
+        strategy.choose_strategy(with_strategy("tpu"))
+
+
+def test_a_batch_that_the_cores_cannot_share_is_refused_with_the_nearest_ones():
+    with pytest.raises(UserError, match=r"global_batch=10 is not divisible by the 4 cores .* e.g. .*=8 or 12"):
+        strategy.choose_strategy(with_strategy("mirrored", replicas=4, global_batch=10))
+
+
+def pci_device(folder, vendor, device):
+    folder.mkdir(parents=True)
+    (folder / "vendor").write_text(f"{vendor}\n")
+    (folder / "device").write_text(f"{device}\n")
+
+
+def test_a_tpu_is_told_from_google_s_other_devices_by_its_pci_id(tmp_path):
+    assert not strategy._tpu_attached(tmp_path / "none")
+    pci_device(tmp_path / "network", "0x1ae0", "0x0042")
+    pci_device(tmp_path / "other", "0x8086", "0x0063")
+    assert not strategy._tpu_attached(tmp_path)
+    pci_device(tmp_path / "tpu", "0x1ae0", "0x0063")
+    assert strategy._tpu_attached(tmp_path)
+
+
+def test_loops_have_the_steps_asked_for_and_one_by_itself_off_tpus():
+    cpu = strategy.make_strategy(1)
+    assert strategy.steps_per_loop(CONFIG, cpu) == 1
+    assert strategy.steps_per_loop(dataclasses.replace(CONFIG, steps_per_loop=7), cpu) == 7

@@ -1,0 +1,185 @@
+"""The real training loop, traced for a TPU that is described and not there: what its program holds and what not.
+
+A tf.distribute.TPUStrategy asks a cluster resolver for the cores; here it gets a description of eight. Tracing needs no
+more than that, in graph mode; so the graph is the one that would be compiled, made by the driver's own code.
+"""
+
+import collections
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from tensorflow.core.protobuf.tpu import topology_pb2
+from tensorflow.python.framework import kernels
+from tensorflow.python.tpu import topology as topology_lib
+from tensorflow.python.tpu import tpu_system_metadata
+
+from trainer_module.config import KeyBnMode, TrainConfig
+from trainer_module.driver import Driver
+from trainer_module.moco import Metrics, MoCo, initial_state
+from trainer_module.shuffle import key_encoding
+
+CORES, BATCH, QUEUE, SIDE = 8, 32, 64, 8
+Device = collections.namedtuple("Device", ["name", "device_type"])
+
+# Between the hosts' program and the cores'; a core's program has no other way to them.
+HOST_TRANSFERS = {
+    "InfeedEnqueue", "InfeedDequeue", "InfeedDequeueTuple", "OutfeedEnqueue", "OutfeedEnqueueTuple", "OutfeedDequeue",
+    "_Send", "_Recv", "_HostSend", "_HostRecv", "Send", "Recv", "XlaHostCompute", "_XlaHostComputeMlir",
+    "XlaSendToHost", "XlaRecvFromHost", "TPUReplicatedOutput",
+}  # fmt: skip
+# They have kernels for other devices, or even for XLA, but not such as a TPU can run.
+NOT_FOR_TPUS = {
+    "PyFunc", "EagerPyFunc", "PyFuncStateless", "RandomShuffle", "Print", "PrintV2", "Assert", "WriteSummary",
+    "WriteScalarSummary", "IteratorGetNext", "Where", "Unique",
+}  # fmt: skip
+# TensorFlow has their kernels in its build for TPUs only.
+ONLY_FOR_TPUS = {"CrossReplicaSum", "AllToAll", "CollectivePermute"}
+# What marks the program of the cores and is gone once it is compiled.
+FRAME = {"TPUReplicateMetadata", "TPUReplicatedInput", "TPUCompilationResult", "NoOp", "Placeholder"}
+
+
+def described_topology():
+    """2x2x1 chips with two cores each."""
+    proto = topology_pb2.TopologyProto(num_tasks=1, num_tpu_devices_per_task=CORES)
+    proto.mesh_shape.extend([2, 2, 1, 2])
+    for y in range(2):
+        for x in range(2):
+            for core in range(2):
+                proto.device_coordinates.extend([x, y, 0, core])
+    return topology_lib.Topology(serialized=proto.SerializeToString())
+
+
+class DescribedResolver(tf.distribute.cluster_resolver.TPUClusterResolver):
+    """Answers what TPUStrategy asks of a resolver, from the description alone."""
+
+    def __init__(self, topology):
+        self._topology = topology
+        self._tpu, self._environment, self.task_type, self.task_id = "local", "", "worker", 0
+
+    @property
+    def environment(self):
+        return ""
+
+    def master(self, *_, **__):
+        return ""
+
+    get_master = master
+
+    def cluster_spec(self):
+        return tf.train.ClusterSpec({})
+
+    def num_accelerators(self, *_, **__):
+        return {"TPU": CORES}
+
+    def get_tpu_system_metadata(self):
+        names = [f"/job:localhost/replica:0/task:0/device:TPU:{i}" for i in range(CORES)]
+        return tpu_system_metadata.TPUSystemMetadata(
+            num_cores=CORES,
+            num_hosts=1,
+            num_of_cores_per_host=CORES,
+            topology=self._topology,
+            devices=[Device(name, "TPU") for name in names],
+        )
+
+
+def described_strategy():
+    topology = described_topology()
+    assignment = tf.tpu.experimental.DeviceAssignment.build(topology, num_replicas=CORES)
+    return tf.distribute.TPUStrategy(DescribedResolver(topology), experimental_device_assignment=assignment)
+
+
+@pytest.fixture(scope="module")
+def program(tiny_encoder):
+    """The driver's compiled loop as a GraphDef, with its functions."""
+    moco = MoCo(
+        tiny_encoder,
+        (110.0,) * 3,
+        (60.0,) * 3,
+        key_encoding(KeyBnMode.cross_replica_sum),
+        lambda step: 0.1 * (1 - tf.cast(step, tf.float32) / 100),
+        0.9,
+        0.2,
+        0.9,
+        1e-4,
+        0,
+    )
+    state = tf.nest.map_structure(lambda t: t.numpy(), initial_state(tiny_encoder, QUEUE, 0))
+
+    def dataset_from(pipeline):
+        views = np.zeros([BATCH // pipeline.num_replicas_in_sync, SIDE, SIDE, 3], np.uint8)
+        return tf.data.Dataset.from_tensors((views, views)).repeat()
+
+    with tf.Graph().as_default():
+        strategy = described_strategy()
+        driver = Driver(moco, TrainConfig(global_batch=BATCH, queue=QUEUE), strategy, state)
+        assert driver.steps_per_loop == 100
+        batches = strategy.distribute_datasets_from_function(dataset_from)
+        loop = driver.compiled_loop()
+        traced = tf.function(lambda: loop(iter(batches), 100)).get_concrete_function()
+    assert traced.structured_outputs.shape.as_list() == [100, len(Metrics._fields)]
+    return traced.graph.as_graph_def(add_shapes=True)
+
+
+@pytest.fixture(scope="module")
+def body(program):
+    """The nodes of the loop's body: those of the cores' program, and the hosts' that feed it."""
+    (nodes,) = [f.node_def for f in program.library.function if any(n.op == "TPUReplicateMetadata" for n in f.node_def)]
+    return nodes
+
+
+@pytest.fixture(scope="module")
+def cores_program(body):
+    return [node for node in body if "_tpu_replicate" in node.attr or node.op == "TPUReplicateMetadata"]
+
+
+def test_the_steps_are_a_loop_around_one_program_for_all_cores(program, body):
+    loops = [n for f in program.library.function for n in f.node_def if n.op in ("While", "StatelessWhile")]
+    assert len(loops) == 1
+    (metadata,) = [n for n in body if n.op == "TPUReplicateMetadata"]
+    assert metadata.attr["num_replicas"].i == CORES
+    assert {n.attr["_tpu_replicate"].s for n in body if "_tpu_replicate" in n.attr} == {
+        metadata.attr["_tpu_replicate"].s
+    }
+
+
+def test_sums_go_over_all_cores_at_once(cores_program):
+    sums = [n for n in cores_program if n.op == "CrossReplicaSum"]
+    assert sums
+    # No group, or one group of all.
+    inputs = {n.name: n for n in cores_program}
+    for node in sums:
+        group = inputs[node.input[1].split(":")[0]]
+        np.testing.assert_array_equal(tf.make_ndarray(group.attr["value"].tensor), [list(range(CORES))])
+
+
+def test_every_operation_of_the_cores_can_be_compiled(cores_program):
+    tf.function(lambda x: x + 1, jit_compile=True)(tf.zeros([]))  # until then XLA's kernels are not listed
+    used = {n.op for n in cores_program} - FRAME - ONLY_FOR_TPUS
+    compiled = {
+        op for op in used if any("XLA" in k.device_type for k in kernels.get_registered_kernels_for_op(op).kernel)
+    }
+    assert used - compiled == set()
+    assert not used & NOT_FOR_TPUS
+
+
+def test_nothing_passes_between_hosts_and_cores_within_the_loop_but_the_next_views(body, cores_program):
+    assert not {n.op for n in cores_program} & (HOST_TRANSFERS | {"IteratorGetNext"})
+    names = {n.name for n in cores_program}
+    hosts = [n for n in body if n.name not in names]
+    # One batch of views for each core; the rest counts steps.
+    assert collections.Counter(n.op for n in hosts)["IteratorGetNext"] == CORES
+    # A core's result that a host's operation takes would be fetched.
+    taken = {i.split(":")[0] for n in hosts for i in n.input if not i.startswith("^")}
+    assert not taken & (names - {n.name for n in cores_program if n.op == "TPUReplicateMetadata"})
+
+
+def test_every_shape_of_the_cores_is_static(cores_program):
+    unknown = []
+    for node in cores_program:
+        shapes = node.attr["_output_shapes"].list.shape
+        assert shapes or node.op in FRAME | {"AssignVariableOp"}, node.name
+        unknown += [node for shape in shapes if shape.unknown_rank or any(d.size < 0 for d in shape.dim)]
+    # The last reserve space of batch normalisation is a kernel's own affair; XLA's kernel has none.
+    for node in unknown:
+        assert node.op.startswith("FusedBatchNorm") or ":reserve_space_3:" in node.input[0], node.name
