@@ -171,6 +171,7 @@ def test_what_cannot_be_read_is_refused_in_one_line_with_the_mend(override, word
         (["augment.crop_ratio_min=2"], ["augment.crop_ratio_min=2", "augment.crop_ratio_max="]),
         (["augment.blur_sigma_min=3"], ["augment.blur_sigma_min=3", "e.g. augment.blur_sigma_min=2"]),
         (["train.schedule=step", "train.milestones=[3,2,3]"], ["train.milestones=[3,2,3]", "[2,3]"]),
+        (["train.tpu.name=pod", "train.strategy=single"], ["train.tpu.name=pod", "e.g. train.strategy=tpu"]),
         (["train.epochs=3", "train.epochs=4"], ["train.epochs", "twice", "3 and 4"]),
     ],
 )
@@ -178,6 +179,10 @@ def test_what_cannot_work_together_is_refused_with_the_nearest_valid_value(overr
     text = refusal(*overrides)
     for word in words:
         assert word in text
+
+
+def test_logical_cpu_devices_do_not_matter_where_a_tpu_has_cores_of_its_own():
+    load("moco_v2", ["train.strategy=tpu", "train.tpu.name=local", "train.global_batch=250"])
 
 
 def test_the_value_that_a_refusal_proposes_is_accepted():

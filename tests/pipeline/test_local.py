@@ -94,7 +94,7 @@ def killed(images, workdir):
         start_new_session=True,
     )
     deadline = time.monotonic() + 300
-    while not list(workdir.glob("checkpoints/*/checkpoint")) and time.monotonic() < deadline:
+    while not list(workdir.glob("checkpoints/step-*.index")) and time.monotonic() < deadline:
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGKILL)
@@ -115,6 +115,14 @@ def test_a_killed_run_has_said_what_it_did_and_published_nothing(killed, workdir
     assert "ImageExampleGen   162 read: " in killed
     assert "Traceback" not in killed
     assert not (workdir / "serving").exists()
+
+
+def test_other_settings_than_the_killed_training_s_are_refused_before_anything_runs(killed, images, workdir):
+    before = sorted(workdir.glob("**/*"))
+    line = r"checkpoints is of a run with seed=0, now 1, train\.learning_rate=0\.03, now 0\.05; finish it with"
+    with pytest.raises(UserError, match=line):
+        local.run(settings("train.learning_rate=0.05", "seed=1"), str(images), str(workdir))
+    assert sorted(workdir.glob("**/*")) == before
 
 
 def test_the_same_command_continues_a_killed_run_without_redoing_finished_stages(first, workdir):
