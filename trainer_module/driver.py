@@ -235,9 +235,10 @@ def train(
     try:
         _run_loops(driver, strategy, dataset_from, config, steps_per_epoch, watch, save)
     except KeyboardInterrupt:
-        with contextlib.suppress(UserError):  # weights that are not finite are not worth keeping
-            save()
-            checkpoints.wait()
+        if driver.step > start:
+            with contextlib.suppress(UserError):  # weights that are not finite are not worth keeping
+                save()
+                checkpoints.wait()
         raise
     result = watch.result()
     # Before the last checkpoint, so that whoever finds training finished also finds what it gave.

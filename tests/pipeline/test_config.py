@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from pipeline import config as configuration
 from pipeline.config import CHOICES, RANGES, Config, flatten, load, preset_names, to_yaml, validate
-from trainer_module.config import Head, RecipeOrder, Schedule, Stem, Where
+from trainer_module.config import OPERATIONAL, Head, RecipeOrder, Schedule, Stem, Where
 from trainer_module.errors import UserError
 
 DEFAULTS = configuration._schema()
@@ -222,6 +222,7 @@ def test_what_cannot_be_read_is_refused_in_one_line_with_the_mend(override, word
         ),
         (["encoder=keras.applications.VGG16", "encoder.stem=cifar"], ["encoder.stem=cifar", "encoder.stem=imagenet"]),
         (["encoder=resnet18", "encoder.name=resnet34"], ["encoder.name", "twice"]),
+        (["train.tpu.name=pod", "train.strategy=single"], ["train.tpu.name=pod", "e.g. train.strategy=tpu"]),
         (["train.epochs=3", "train.epochs=4"], ["train.epochs", "twice", "3 and 4"]),
     ],
 )
@@ -229,6 +230,14 @@ def test_what_cannot_work_together_is_refused_with_the_nearest_valid_value(overr
     text = refusal(*overrides)
     for word in words:
         assert word in text
+
+
+def test_settings_that_may_change_between_two_starts_are_settings():
+    assert set(flatten(load("moco_v2"))) >= OPERATIONAL
+
+
+def test_logical_cpu_devices_do_not_matter_where_a_tpu_has_cores_of_its_own():
+    load("moco_v2", ["train.strategy=tpu", "train.tpu.name=local", "train.global_batch=250"])
 
 
 def test_the_value_that_a_refusal_proposes_is_accepted():

@@ -88,7 +88,7 @@ SIGNS = {
     "StatisticsGen": "artifacts/StatisticsGen/statistics/*",
     "Transform": "artifacts/Transform/transform_graph/*",
     "ViewAugmenter": "artifacts/ViewAugmenter/views/*/*",
-    "Trainer": "checkpoints/**/checkpoint",
+    "Trainer": "checkpoints/step-*.index",
     "Evaluator": "artifacts/Evaluator/evaluation/*",
     "Pusher": "artifacts/Pusher/pushed_model/*/*",
 }
@@ -132,6 +132,14 @@ def test_killed_runs_have_said_what_they_did_and_each_finished_stage_was_taken_o
     assert sorted(computed) == sorted(set(computed)), "a finished stage was done again"
     assert {"ImageExampleGen", "Transform", "ViewAugmenter", "Trainer", "Evaluator"} <= set(done)
     assert "Traceback" not in killed
+
+
+def test_other_settings_than_the_killed_training_s_are_refused_before_anything_runs(killed, images, workdir):
+    before = sorted(workdir.glob("**/*"))
+    line = r"checkpoints is of a run with seed=0, now 1, train\.learning_rate=0\.03, now 0\.05; finish it with"
+    with pytest.raises(UserError, match=line):
+        local.run(settings("train.learning_rate=0.05", "seed=1"), str(images), workdir)
+    assert sorted(workdir.glob("**/*")) == before
 
 
 def test_the_same_command_continues_a_killed_run_without_redoing_finished_stages(first, workdir):

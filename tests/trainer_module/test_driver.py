@@ -132,28 +132,28 @@ def test_an_interruption_saves_the_last_step_and_the_run_ends_as_an_unbroken_one
 
 
 def test_a_run_goes_on_with_another_number_of_replicas(model, tmp_path):
-    run(model, tmp_path, epochs=1, schedule_epochs=2)
-    state, result = run(model, tmp_path, epochs=2, replicas=4)
+    run(model, tmp_path, epochs=1, schedule_epochs=2, replicas=1)
+    state, result = run(model, tmp_path, epochs=2, replicas=2)
     assert result.resumed_from == STEPS
     assert state.step == 2 * STEPS
     assert np.isfinite(result.final_loss)
 
 
 def test_a_run_with_other_settings_is_refused_with_the_keys(model, tmp_path):
-    run(model, tmp_path, epochs=1, identity={"seed": 0})
+    run(model, tmp_path, epochs=1, identity={"seed": 0}, replicas=1)
     with pytest.raises(UserError, match=r"ckpt is of a run with seed=0, now 1; finish it"):
-        run(model, tmp_path, epochs=1, identity={"seed": 1})
+        run(model, tmp_path, epochs=1, identity={"seed": 1}, replicas=1)
 
 
 def test_a_checkpoint_of_another_network_is_refused(model, tmp_path):
-    run(model, tmp_path, epochs=1)
+    run(model, tmp_path, epochs=1, replicas=1)
     with pytest.raises(UserError, match="other tensors"):
-        run(model, tmp_path, epochs=1, queue=128)
+        run(model, tmp_path, epochs=1, queue=128, replicas=1)
 
 
 def test_a_finished_run_started_again_trains_no_further(model, tmp_path):
-    before, trained = run(model, tmp_path, epochs=1)
-    after, result = run(model, tmp_path, epochs=1)
+    before, trained = run(model, tmp_path, epochs=1, replicas=1)
+    after, result = run(model, tmp_path, epochs=1, replicas=1)
     assert result == dataclasses.replace(trained, resumed_from=STEPS)
     for a, b in zip(tf.nest.flatten(before), tf.nest.flatten(after), strict=True):
         np.testing.assert_array_equal(a, b)
