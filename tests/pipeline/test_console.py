@@ -56,14 +56,6 @@ def lines():
     handler.close()
 
 
-def test_a_note_is_a_line_of_its_own_at_any_time(lines):
-    handler, _, written = lines
-    handler.handle(record("train", 1, 25))
-    handler.handle(note("collapse at step 2"))
-    handler.handle(note("leak at step 3"))
-    assert written()[1:] == ["collapse at step 2", "leak at step 3"]
-
-
 def test_a_note_stays_above_a_bar_that_goes_on():
     stream = Terminal()
     handler = console.ProgressHandler(stream, terminal=True)
