@@ -158,11 +158,10 @@ def speed(settings: dict[str, Any]) -> Callable[[str], dict[str, Any]]:
         seconds(trainer, 1)
         return seconds(trainer, 1)
 
-    ways = {
-        "float32": {"float32": {}},
-        "bfloat16": {"autocast": {"autocast": True}, "model": {"dtype": torch.bfloat16}},
-    }
-    trainers = {way: Trainer(settings, **how) for way, how in ways[settings["precision"]].items()}
+    if settings["precision"] == "float32":
+        trainers = {"float32": Trainer(settings)}
+    else:
+        trainers = {"autocast": Trainer(settings, autocast=True), "model": Trainer(settings, dtype=torch.bfloat16)}
     took = {way: warm_seconds(trainer) for way, trainer in trainers.items()}
     fastest = min(took, key=lambda way: took[way])
     return lambda steps: {"seconds": seconds(trainers[fastest], int(steps)), "way": fastest}

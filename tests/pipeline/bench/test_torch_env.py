@@ -26,13 +26,11 @@ def home(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_a_shim_that_fails_is_passed_over_for_a_python_that_runs(home):
+def test_a_shim_that_fails_is_passed_over_for_a_python_that_runs(home, monkeypatch):
     script(home / "bin" / "python3.11", "exit 127")
-    script(home / ".pyenv" / "versions" / "3.11.1" / "bin" / "python", "echo 3.10 CPython x")
-    good = script(
-        home / ".local" / "share" / "uv" / "python" / "cpython-3.11.9" / "bin" / "python3.11", "echo 3.11 CPython x"
-    )
-    script(home / "bin" / "python3", "echo 3.11 CPython x")
+    monkeypatch.setenv("PYENV_ROOT", str(home / "pyenv"))
+    script(home / "pyenv" / "versions" / "3.11.1" / "bin" / "python", "echo 3.10 CPython")
+    good = script(home / "pyenv" / "versions" / "3.11.9" / "bin" / "python", "echo 3.11 CPython")
     assert _torch_env.find_python() == good
 
 
