@@ -52,13 +52,13 @@ def measure() -> Mapping[str, float]:
 
 
 def _measure_row(python: Path, settings: Settings) -> dict[str, float]:
-    with (
-        Worker([sys.executable, "-m", "pipeline.bench.train", settings.to_json()]) as ours,
-        Worker([python, "-I", TORCH_PROGRAM, "speed", settings.to_json(), str(THREADS)]) as theirs,
-    ):
-        sides = [(side, _steps_a_round(side)) for side in (ours, theirs)]
-        rounds = [[steps * settings.batch / _seconds(side, steps) for side, steps in sides] for _ in range(_ROUNDS)]
-        memory, way = ours.ask("memory"), theirs.ask("1")["way"]
+    with Worker([sys.executable, "-m", "pipeline.bench.train", settings.to_json()]) as ours:
+        steps = _steps_a_round(ours)
+        # Only now, so that neither starts while the other is timed.
+        with Worker([python, "-I", TORCH_PROGRAM, "speed", settings.to_json(), str(THREADS)]) as theirs:
+            sides = ((ours, steps), (theirs, _steps_a_round(theirs)))
+            rounds = [[n * settings.batch / _seconds(side, n) for side, n in sides] for _ in range(_ROUNDS)]
+            memory, way = ours.ask("memory"), theirs.ask("1")["way"]
     rate, torch_rate = (statistics.median(column) for column in zip(*rounds, strict=True))
     ratio = statistics.median(a / b for a, b in rounds)
     console.line(
