@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     import tensorflow as tf
 
     from trainer_module.driver import Driver
+    from trainer_module.moco import MoCo
 
 TORCH_PROGRAM = Path(__file__).with_name("_torch_moco.py")
 
@@ -65,26 +66,32 @@ def make_model(settings: Settings) -> "keras.Model":
     return build_encoder(architecture, settings.side, Precision(settings.precision), settings.seed).model
 
 
-def make_driver(settings: Settings, model: "keras.Model", strategy: "tf.distribute.Strategy") -> "Driver":
-    """The driver as training has it, keys shuffled between the replicas."""
+def make_moco(settings: Settings, model: "keras.Model") -> "MoCo":
+    """The step, in the model's type, keys shuffled between the replicas."""
     import tensorflow as tf
 
-    from trainer_module.config import KeyBnMode, TrainConfig
-    from trainer_module.driver import Driver
+    from trainer_module.config import KeyBnMode
     from trainer_module.moco import MoCo
     from trainer_module.shuffle import key_encoding
 
-    moco = MoCo(
+    return MoCo(
         model=model,
         mean=settings.mean,
         std=settings.std,
         encode_keys=key_encoding(KeyBnMode.cross_replica_sum),
-        learning_rate=lambda _: tf.constant(settings.learning_rate),
+        learning_rate=lambda _: tf.constant(settings.learning_rate, model.output.dtype),
         m=settings.m,
         temperature=settings.temperature,
         sgd_momentum=settings.sgd_momentum,
         weight_decay=settings.weight_decay,
         seed=settings.seed,
     )
+
+
+def make_driver(settings: Settings, model: "keras.Model", strategy: "tf.distribute.Strategy") -> "Driver":
+    """The driver as training has it."""
+    from trainer_module.config import TrainConfig
+    from trainer_module.driver import Driver
+
     config = TrainConfig(replicas=settings.groups, global_batch=settings.batch, queue=settings.queue)
-    return Driver(moco, config, strategy)
+    return Driver(make_moco(settings, model), config, strategy)

@@ -5,7 +5,7 @@ follows facebookresearch/moco's builder.py and main_moco.py (arXiv 1911.05722, 2
 which order; on one device, where that code has one process per GPU, the groups of batch normalisation are emulated.
 
 Each line on standard input is answered with one line of JSON:
-    _torch_moco.py parity FOLDER             "go": trains on the views in FOLDER, answers the losses
+    _torch_moco.py parity FOLDER             float32 or float64: trains on FOLDER's views in it, answers the losses
     _torch_moco.py speed SETTINGS_AS_JSON    a number: trains for so many steps, answers the seconds
 """
 
@@ -76,7 +76,8 @@ class MoCo(nn.Module):
 
     def encode(self, encoder: nn.Module, x: torch.Tensor) -> torch.Tensor:
         """Each group is what one GPU would normalise."""
-        return functional.normalize(torch.cat([encoder(group) for group in x.chunk(self.groups)]).float(), dim=1)
+        embeddings = torch.cat([encoder(group) for group in x.chunk(self.groups)])
+        return functional.normalize(_at_least_float32(embeddings), dim=1)
 
     def forward(self, im_q: torch.Tensor, im_k: torch.Tensor, shuffle: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Logits, N x (1 + K), and labels."""
@@ -107,6 +108,7 @@ class Trainer:
         self.moco = MoCo(settings).train()
         for encoder in (self.moco.encoder_q, self.moco.encoder_k):
             encoder.to(dtype=dtype, memory_format=torch.channels_last)
+        self.moco.queue = self.moco.queue.to(torch.promote_types(dtype, torch.float32))
         self.optimizer = torch.optim.SGD(
             self.moco.encoder_q.parameters(),
             settings["learning_rate"],
@@ -120,7 +122,7 @@ class Trainer:
         """One step on views, uint8[2, N, H, W, 3]; returns the loss."""
         with torch.autocast("cpu", torch.bfloat16) if self._autocast else contextlib.nullcontext():
             logits, labels = self.moco(*map(self._normalise, views), shuffle)
-        loss = functional.cross_entropy(logits.float(), labels)
+        loss = functional.cross_entropy(_at_least_float32(logits), labels)
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
@@ -131,15 +133,23 @@ class Trainer:
         return ((views.float() - self._mean) / self._std).to(self._dtype).permute(0, 3, 1, 2)
 
 
+def _at_least_float32(x: torch.Tensor) -> torch.Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def parity(folder: Path) -> Callable[[str], list[float]]:
-    """Losses of the steps on FOLDER's views, from FOLDER's weights and with its permutations."""
+    """Losses of the steps on FOLDER's views, from FOLDER's weights and with its permutations, in the type asked for."""
     settings = json.loads((folder / "settings.json").read_text())
-    trainer = Trainer(settings)
-    with np.load(folder / "start.npz") as start:
-        trainer.moco.load_state_dict({name: torch.from_numpy(start[name]) for name in start.files})
     views = torch.from_numpy(np.load(folder / "views.npy"))
     shuffles = torch.from_numpy(np.load(folder / "permutations.npy")).long()
-    return lambda _: [float(trainer.step(pair, shuffle)) for pair, shuffle in zip(views, shuffles, strict=True)]
+
+    def losses(dtype: str) -> list[float]:
+        trainer = Trainer(settings, dtype=getattr(torch, dtype))
+        with np.load(folder / "start.npz") as start:
+            trainer.moco.load_state_dict({name: torch.from_numpy(start[name]) for name in start.files})
+        return [float(trainer.step(pair, shuffle)) for pair, shuffle in zip(views, shuffles, strict=True)]
+
+    return losses
 
 
 def speed(settings: dict[str, Any]) -> Callable[[str], dict[str, Any]]:

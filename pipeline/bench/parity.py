@@ -16,15 +16,20 @@ import numpy as np
 
 from pipeline import console
 from pipeline.bench import _torch_env
-from pipeline.bench._comparison import TORCH_PROGRAM, Settings, make_driver, make_model
+from pipeline.bench._comparison import TORCH_PROGRAM, Settings, make_driver, make_moco, make_model
 from pipeline.bench._worker import ROOT, THREADS, Worker
 
 if TYPE_CHECKING:
+    import keras
+
+    from trainer_module.driver import Driver
     from trainer_module.moco import State
 
 TOLERANCE = 1e-4
 _STEPS = 20
-_SETTINGS = Settings(width=16, precision="float32", batch=64, groups=2)
+_PRECISIONS = ("float64", "float32")
+# In float32 the normalised pixels are exact with these, so that no implementation starts with other ones.
+_SETTINGS = Settings(width=16, precision="float32", batch=64, groups=2, mean=(128.0,) * 3, std=(64.0,) * 3)
 _KINDS = {
     "kernel": "weight",
     "gamma": "weight",
@@ -36,15 +41,19 @@ _KINDS = {
 
 
 def measure() -> Mapping[str, float]:
-    """Trains a CIFAR ResNet-18 of width 16 on views of the sample pictures, in float32 on both sides.
+    """Trains a CIFAR ResNet-18 of width 16 on views of the sample pictures.
 
-    Ours runs as it trains: the driver, two replicas as logical devices, keys shuffled between them. PyTorch's runs on
-    one device and normalises the two halves of the batch apart, as two GPUs would. The random numbers (initial weights
-    and queue, views, permutations) are ours; all the arithmetic is each side's own.
+    The random numbers (initial weights and queue, views, permutations) are ours; all the arithmetic is each side's
+    own. Ours has two replicas as logical devices and shuffles the keys between them; PyTorch's runs on one device and
+    normalises the two halves of the batch apart, as two GPUs would.
+
+    The verdict is on float64. In float32, where ours runs through the driver as it trains, any two implementations part
+    after a few steps, since rounding errors grow; how far PyTorch's own float32 gets from its float64 is the yardstick.
 
     Returns:
-        steps, the first and the last loss of each, the largest difference of the losses, the tolerance, and 1 for
-        agreement (0 for none).
+        steps, the first and the last loss in float64, the largest difference of the losses, the tolerance, and 1 for
+        agreement (0 for none); the largest distance of each side's float32 to PyTorch's float64, over the first three
+        steps and over all.
 
     Raises:
         UserError: PyTorch's environment cannot be made.
@@ -53,40 +62,50 @@ def measure() -> Mapping[str, float]:
     with tempfile.TemporaryDirectory() as work:
         (Path(work) / "settings.json").write_text(_SETTINGS.to_json())
         with Worker([sys.executable, "-m", "pipeline.bench.parity", work]) as worker:
-            ours = worker.ask("go")
+            ours = [worker.ask(precision) for precision in _PRECISIONS]
         with Worker([python, "-I", TORCH_PROGRAM, "parity", work, str(THREADS)]) as worker:
-            theirs = worker.ask("go")
+            theirs = [worker.ask(precision) for precision in _PRECISIONS]
     return compare(ours, theirs)
 
 
-def compare(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, float]:
-    """Prints both columns and the verdict, and returns the figures."""
-    console.line(f"{'step':>4}  {'MoCo':>12}  {'PyTorch':>12}  {'difference':>10}")
-    differences = [abs(a - b) for a, b in zip(ours, theirs, strict=True)]
-    for step, (a, b, difference) in enumerate(zip(ours, theirs, differences, strict=True), 1):
-        console.line(f"{step:>4}  {a:>12.7f}  {b:>12.7f}  {difference:>10.1e}")
-    largest = float(np.max(differences))  # NaN where a loss is
+def compare(ours: Sequence[Sequence[float]], theirs: Sequence[Sequence[float]]) -> dict[str, float]:
+    """Prints the columns and the verdict, and returns the figures.
+
+    Args:
+        ours, theirs: losses in float64, losses in float32.
+    """
+    (a64, a32), (b64, b32) = np.array(ours), np.array(theirs)
+    difference, rounding, torch_rounding = (np.abs(x - b64) for x in (a64, a32, b32))
+    console.line(f"{'':4}  {'float64':^40}  {'float32 from PyTorch float64':^28}")
+    console.line(f"{'step':>4}  {'MoCo':>14}{'PyTorch':>14}{'apart':>12}  {'MoCo':>14}{'PyTorch':>14}")
+    for step, row in enumerate(zip(a64, b64, difference, rounding, torch_rounding, strict=True), 1):
+        console.line("{:>4}  {:>14.9f}{:>14.9f}{:>12.1e}  {:>14.1e}{:>14.1e}".format(step, *row))
+    largest = float(difference.max())  # NaN where a loss is
     agrees = largest <= TOLERANCE
     console.line(f"the losses {'agree' if agrees else 'DIFFER'}: at most {largest:.1e} apart, tolerance {TOLERANCE:g}")
     return {
-        "steps": len(ours),
-        "first_loss": ours[0],
-        "first_loss_pytorch": theirs[0],
-        "last_loss": ours[-1],
-        "last_loss_pytorch": theirs[-1],
-        "largest_difference_1e-6": largest * 1e6,
-        "tolerance_1e-6": TOLERANCE * 1e6,
+        "steps": len(a64),
+        "first_loss": a64[0],
+        "last_loss": a64[-1],
+        "last_loss_pytorch": b64[-1],
+        "largest_difference_millionths": largest * 1e6,
+        "tolerance_millionths": TOLERANCE * 1e6,
         "agrees": float(agrees),
+        "float32_first_3_steps_millionths": rounding[:3].max() * 1e6,
+        "float32_first_3_steps_pytorch_millionths": torch_rounding[:3].max() * 1e6,
+        "float32_millionths": rounding.max() * 1e6,
+        "float32_pytorch_millionths": torch_rounding.max() * 1e6,
     }
 
 
-def torch_tensors(paths: tuple[list[str], list[str]], state: "State") -> dict[str, np.ndarray]:
+def torch_tensors(model: "keras.Model", state: "State") -> dict[str, np.ndarray]:
     """The state as the builder's state_dict names it: encoder_q, encoder_k, queue [C, K], queue_ptr.
 
     Args:
-        paths: of the model's trainable and non-trainable variables, such as "layer1.0.conv1/kernel".
+        model: whose variables' paths, such as "layer1.0.conv1/kernel", give the names.
         state: as arrays.
     """
+    paths = [[v.path for v in variables] for variables in (model.trainable_variables, model.non_trainable_variables)]
     parts = {
         "encoder_q": (state.query, state.query_stats),
         "encoder_k": (state.key, state.key_stats),
@@ -118,27 +137,45 @@ def _torch_layout(path: str, value: np.ndarray) -> np.ndarray:
 # Our side, in a process of its own.
 
 
-def _train(folder: Path) -> list[float]:
-    """Writes views, permutations and the state before the first step to FOLDER, trains, and returns the losses."""
-    import tensorflow as tf
+class _Training:
+    """Trains on the same views from the same state in the type asked for."""
 
-    from trainer_module.shuffle import permutation
-    from trainer_module.strategy import make_strategy
+    def __init__(self, folder: Path) -> None:
+        """Writes the state before the first step, views and permutations to FOLDER."""
+        import tensorflow as tf
 
-    settings = _SETTINGS
-    strategy = make_strategy(settings.groups)
-    model = make_model(settings)
-    driver = make_driver(settings, model, strategy)
-    paths = [v.path for v in model.trainable_variables], [v.path for v in model.non_trainable_variables]
-    np.savez(folder / "start.npz", **torch_tensors(paths, driver.state()))
-    views = _views(_STEPS * settings.batch, settings)
-    np.save(folder / "views.npy", views)
-    permutations = [permutation(tf.constant([settings.seed, step]), settings.batch) for step in range(_STEPS)]
-    np.save(folder / "permutations.npy", np.stack(permutations))
-    data = tf.data.Dataset.from_tensor_slices((views[:, 0], views[:, 1]))
-    batches = iter(strategy.experimental_distribute_dataset(data))
-    step = driver.compiled_step()
-    return [float(step(batches).loss) for _ in range(_STEPS)]
+        from trainer_module.shuffle import permutation
+        from trainer_module.strategy import make_strategy
+
+        self._strategy, self._model = make_strategy(_SETTINGS.groups), make_model(_SETTINGS)
+        self._views = _views(_STEPS * _SETTINGS.batch, _SETTINGS)
+        seeds = [tf.constant([_SETTINGS.seed, step]) for step in range(_STEPS)]
+        np.save(folder / "views.npy", self._views)
+        np.save(folder / "permutations.npy", np.stack([permutation(seed, _SETTINGS.batch) for seed in seeds]))
+        np.savez(folder / "start.npz", **torch_tensors(self._model, self._driver().state()))
+
+    def losses(self, precision: str) -> list[float]:
+        """Of each step."""
+        return {"float32": self._float32, "float64": self._float64}[precision]()
+
+    def _driver(self) -> "Driver":
+        return make_driver(_SETTINGS, self._model, self._strategy)
+
+    def _float32(self) -> list[float]:
+        import tensorflow as tf
+
+        data = tf.data.Dataset.from_tensor_slices((self._views[:, 0], self._views[:, 1]))
+        batches = iter(self._strategy.experimental_distribute_dataset(data))
+        step = self._driver().compiled_step()
+        return [float(step(batches).loss) for _ in range(_STEPS)]
+
+    def _float64(self) -> list[float]:
+        from pipeline.bench import _float64
+
+        model = _float64.in_float64(self._model)
+        state = _float64.start(model, _SETTINGS.queue, _SETTINGS.seed)
+        steps = _float64.run(make_moco(_SETTINGS, model), state, self._views, self._strategy)
+        return [float(metrics.loss) for _, metrics in steps]
 
 
 def _views(count: int, settings: Settings) -> np.ndarray:
@@ -171,10 +208,12 @@ def _sample(count: int) -> list[bytes]:
 
 
 def _main() -> None:
-    """Entry of our side's process: answers one line."""
+    """Entry of our side's process: a type is answered with the losses in it."""
     console.prefer_onednn()
-    sys.stdin.readline()
-    sys.stdout.write(json.dumps(_train(Path(sys.argv[1]))) + "\n")
+    training = _Training(Path(sys.argv[1]))
+    for line in sys.stdin:
+        sys.stdout.write(json.dumps(training.losses(line.strip())) + "\n")
+        sys.stdout.flush()
 
 
 if __name__ == "__main__":

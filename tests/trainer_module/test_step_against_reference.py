@@ -13,11 +13,11 @@ import pytest
 import tensorflow as tf
 from reference import STATS, WEIGHTS, Outcome, Reference, State, info_nce
 
+from pipeline.bench import _float64
 from trainer_module.batch_norm import FusedBatchNormalization
 from trainer_module.config import KeyBnMode, TrainConfig
 from trainer_module.driver import Driver
-from trainer_module.moco import MoCo, initial_state
-from trainer_module.replica import current_replica, own_rows
+from trainer_module.moco import MoCo
 from trainer_module.shuffle import key_encoding, permutation
 from trainer_module.strategy import make_strategy
 
@@ -31,38 +31,17 @@ TOLERANCE_FLOAT64, TOLERANCE_FLOAT32 = 1e-11, 1e-4
 # The TensorFlow side.
 
 
-class PlainBatchNormalization(FusedBatchNormalization):
-    """The same layer without the fused op, which has no float64."""
-
-    def call(self, x, training=True):
-        assert training
-        mean, variance = tf.nn.moments(x, [0, 1, 2])
-        count = tf.cast(tf.size(x) / x.shape[-1], x.dtype)
-        new = (mean, variance * count / (count - 1))
-        for variable, value in zip((self.moving_mean, self.moving_variance), new, strict=True):
-            variable.assign(self.momentum * variable + (1 - self.momentum) * value)
-        return tf.nn.batch_normalization(
-            x, mean, variance, tf.convert_to_tensor(self.beta), tf.convert_to_tensor(self.gamma), self.epsilon
-        )
-
-    def add_weight(self, **kwargs):
-        return super().add_weight(**{**kwargs, "dtype": self.dtype})
-
-
-def encoder(dtype, batch_norm):
+def encoder():
     """The reference's architecture, with weights that are far from their defaults."""
-    image = keras.Input((SIDE, SIDE, 3), dtype=dtype)
-    conv = functools.partial(keras.layers.Conv2D, 6, 3, use_bias=False, dtype=dtype)
-    x = conv(strides=2)(keras.layers.ZeroPadding2D(1, dtype=dtype)(image))
-    x = keras.layers.ReLU(dtype=dtype)(batch_norm(dtype=dtype)(x))
-    y = batch_norm(dtype=dtype)(conv(padding="same")(x))
-    x = keras.layers.ReLU(dtype=dtype)(keras.layers.Add(dtype=dtype)([x, y]))
-    x = keras.layers.GlobalAveragePooling2D(dtype=dtype)(x)
-    model = keras.Model(image, keras.layers.Dense(DIM, dtype=dtype)(x))
+    image = keras.Input((SIDE, SIDE, 3))
+    x = keras.layers.Conv2D(6, 3, strides=2, use_bias=False)(keras.layers.ZeroPadding2D(1)(image))
+    x = keras.layers.ReLU()(FusedBatchNormalization()(x))
+    y = FusedBatchNormalization()(keras.layers.Conv2D(6, 3, padding="same", use_bias=False)(x))
+    x = keras.layers.GlobalAveragePooling2D()(keras.layers.ReLU()(keras.layers.Add()([x, y])))
+    model = keras.Model(image, keras.layers.Dense(DIM)(x))
     rng = np.random.default_rng(11)
     for variable in model.trainable_variables:
-        centre = 1.0 if "gamma" in variable.path else 0.0
-        variable.assign(rng.normal(centre, 0.3, variable.shape).astype("float32"))
+        variable.assign(rng.normal(1.0 if "gamma" in variable.path else 0.0, 0.3, variable.shape))
     return model
 
 
@@ -87,31 +66,17 @@ def views():
 
 
 def run_float64(replicas, views):
-    """The pure step in float64, run by a strategy with the state passed in and out."""
-    strategy, model = make_strategy(replicas), encoder("float64", PlainBatchNormalization)
-    start = initial_state(model, QUEUE, SEED)
-    state = start._replace(queue=tf.math.l2_normalize(tf.cast(start.queue, tf.float64), axis=1))
-    step = moco(model, tf.float64).step
-
-    @tf.function
-    def run(state, x_q, x_k):
-        def in_replica():
-            replica = current_replica(strategy)
-            return step(state, own_rows(replica, x_q), own_rows(replica, x_k), replica)
-
-        return tf.nest.map_structure(lambda x: strategy.experimental_local_results(x)[0], strategy.run(in_replica))
-
-    states, losses = [state], []
-    for x_q, x_k in views:
-        state, metrics = run(state, tf.constant(x_q), tf.constant(x_k))
-        states.append(state)
-        losses.append(float(metrics.loss))
-    return [numpy_state(state) for state in states], losses
+    """The pure step in float64, with the state passed in and out."""
+    model = _float64.in_float64(encoder())
+    start = _float64.start(model, QUEUE, SEED)
+    steps = list(_float64.run(moco(model, tf.float64), start, views, make_strategy(replicas)))
+    states = [start, *(state for state, _ in steps)]
+    return [numpy_state(state) for state in states], [float(metrics.loss) for _, metrics in steps]
 
 
 def run_float32(replicas, views):
     """The step as it trains: float32, fused BN, the driver's variables under a strategy."""
-    strategy, model = make_strategy(replicas), encoder("float32", FusedBatchNormalization)
+    strategy, model = make_strategy(replicas), encoder()
     config = TrainConfig(replicas=replicas, global_batch=BATCH, queue=QUEUE)
     driver = Driver(moco(model, tf.float32), config, strategy)
     data = tf.data.Dataset.from_tensor_slices((views[:, 0], views[:, 1]))

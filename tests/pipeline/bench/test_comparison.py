@@ -19,7 +19,7 @@ from trainer_module.moco import initial_state
     ("theirs", "agrees"), [([7.0, 6.50009], 1.0), ([7.0, 6.5002], 0.0), ([7.0, float("nan")], 0.0)]
 )
 def test_parity_agrees_within_its_tolerance_only(theirs, agrees, capsys):
-    figures = parity.compare([7.0, 6.5], theirs)
+    figures = parity.compare([[7.0, 6.5]] * 2, [theirs, [7.0, 6.5]])
     assert figures["agrees"] == agrees
     assert ("DIFFER" in capsys.readouterr().out) == (not agrees)
 
@@ -35,8 +35,7 @@ def model():
 
 def test_weights_go_to_pytorch_by_torchvisions_names_and_layouts(model):
     state = tf.nest.map_structure(np.asarray, initial_state(model, 6, 0))
-    paths = [v.path for v in model.trainable_variables], [v.path for v in model.non_trainable_variables]
-    tensors = parity.torch_tensors(paths, state)
+    tensors = parity.torch_tensors(model, state)
     assert tensors["encoder_q.conv1.weight"].shape == (5, 3, 3, 3)
     assert tensors["encoder_k.conv1.weight"][4, 1, 0, 2] == state.key[0][0, 2, 1, 4]
     assert tensors["encoder_q.fc.0.weight"].shape == (2, 5)
