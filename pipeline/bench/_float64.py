@@ -48,9 +48,9 @@ def in_float64(model: keras.Model) -> keras.Model:
 
 
 def start(model: keras.Model, queue: int, seed: int) -> State:
-    """The state before the first step; model is in float64. The queue is the float32 one, of unit length again."""
+    """The state before the first step: model is in float64, the numbers are those of float32."""
     state = initial_state(model, queue, seed)
-    return state._replace(queue=tf.math.l2_normalize(tf.cast(state.queue, tf.float64), axis=1))
+    return state._replace(queue=tf.cast(state.queue, tf.float64))
 
 
 def run(

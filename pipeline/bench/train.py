@@ -7,7 +7,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,9 +36,10 @@ def measure() -> Mapping[str, float]:
     gives one ratio. The first two steps (compilation, allocation) are left out.
 
     Returns:
-        For each precision and width: images per second of both (medians of the rounds), the median of the rounds'
-        ratios, and of our process in MiB: peak memory, what it held before the driver was made (imports, model), the
-        state, the activations (see `activation_bytes`); and (peak - before) / (state + activations).
+        For each precision and width: images per second of both (medians of the rounds); the median of the rounds'
+        ratios; the ratio of the best rounds, which other work on the machine disturbs least; and of our process in MiB:
+        peak memory, what it held before the driver was made (imports, model), the state, the activations (see
+        `activation_bytes`); and (peak - before) / (state + activations).
 
     Raises:
         UserError: PyTorch's environment cannot be made.
@@ -59,13 +60,30 @@ def _measure_row(python: Path, settings: Settings) -> dict[str, float]:
             sides = ((ours, steps), (theirs, _steps_a_round(theirs)))
             rounds = [[n * settings.batch / _seconds(side, n) for side, n in sides] for _ in range(_ROUNDS)]
             memory, way = ours.ask("memory"), theirs.ask("1")["way"]
-    rate, torch_rate = (statistics.median(column) for column in zip(*rounds, strict=True))
+    return {**_summary(settings, way, rounds), **memory}
+
+
+def _summary(settings: Settings, way: str, rounds: Sequence[Sequence[float]]) -> dict[str, float]:
+    """Prints a row, and returns its figures.
+
+    Args:
+        settings: of the row.
+        way: how PyTorch computed.
+        rounds: images per second of both sides in each round.
+    """
+    columns = list(zip(*rounds, strict=True))
+    (rate, torch_rate), (best, torch_best) = map(statistics.median, columns), map(max, columns)
     ratio = statistics.median(a / b for a, b in rounds)
     console.line(
         f"{settings.precision} width {settings.width}: MoCo {rate:.1f} images/s, PyTorch {torch_rate:.1f} ({way}), "
-        f"ratio {ratio:.2f}"
+        f"ratio {ratio:.2f}; of the best rounds {best / torch_best:.2f}"
     )
-    return {"images_per_second": rate, "pytorch_images_per_second": torch_rate, "ratio": ratio, **memory}
+    return {
+        "images_per_second": rate,
+        "pytorch_images_per_second": torch_rate,
+        "ratio": ratio,
+        "ratio_of_best_rounds": best / torch_best,
+    }
 
 
 def _steps_a_round(side: Worker) -> int:
