@@ -10,7 +10,7 @@ import tensorflow as tf
 from pipeline.bench import parity
 from pipeline.bench._comparison import Settings
 from pipeline.bench._worker import Worker
-from pipeline.bench.train import activation_bytes
+from pipeline.bench.train import activation_bytes, rows
 from trainer_module.batch_norm import FusedBatchNormalization
 from trainer_module.moco import initial_state
 
@@ -61,3 +61,9 @@ def test_a_measuring_process_answers_line_by_line_and_tells_why_it_ended():
         assert [worker.ask("1"), worker.ask("20")] == [2, 40]
         with pytest.raises(RuntimeError, match="invalid literal for int"):
             worker.ask("many")
+
+
+def test_the_long_row_in_bfloat16_is_left_out_where_the_processor_has_none_of_it(capsys):
+    assert ("bfloat16", 64) in rows("flags : fpu avx2 avx512_bf16 amx_bf16\n")
+    assert ("bfloat16", 64) not in rows("flags : fpu avx2\n")
+    assert "no instructions for bfloat16" in capsys.readouterr().out
