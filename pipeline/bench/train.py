@@ -26,7 +26,7 @@ _WITH_BFLOAT16 = (*_ROWS, ("bfloat16", 64))
 _BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16", "avx_ne_convert"}
 _BATCH = 128
 _ROUNDS = 5
-_ROUND_SECONDS = 3.0
+_ROUND_SECONDS = 2.0
 _MIB = 1 << 20
 
 
