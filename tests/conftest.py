@@ -7,7 +7,7 @@ import pytest
 
 from trainer_module.strategy import prepare_devices
 
-REPLICAS = 4
+REPLICAS = 8
 
 
 def pytest_sessionstart() -> None:
