@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,12 @@ class Worker:
         self._process.communicate()
         self._said.close()
 
+    @property
+    def processor_seconds(self) -> float:
+        """That the process has used so far."""
+        fields = Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
     def ask(self, question: str) -> Any:
         """Sends one line, waits for the answer.
 
@@ -59,6 +66,25 @@ class Worker:
             self._said.seek(0)
             raise RuntimeError(f"{' '.join(self._command)} failed:\n{self._said.read().decode()[-4000:]}")
         return json.loads(answer)
+
+
+class Bystanders:
+    """How much of this machine whatever is not measured takes, since this was made."""
+
+    def __init__(self, workers: Sequence[Worker]) -> None:
+        self._workers, self._start = workers, time.monotonic()
+        self._busy = self._seconds()
+
+    @property
+    def share(self) -> float:
+        """0 for a machine that did nothing else, 1 for one that did nothing but something else."""
+        passed = (time.monotonic() - self._start) * (os.cpu_count() or 1)
+        return max(0.0, (self._seconds() - self._busy) / passed)
+
+    def _seconds(self) -> float:
+        user, nice, system, _, _, irq, softirq, steal = map(int, Path("/proc/stat").read_text().split()[1:9])
+        busy = (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+        return busy - sum(worker.processor_seconds for worker in self._workers)
 
 
 def _environment() -> dict[str, str]:

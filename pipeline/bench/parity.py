@@ -1,6 +1,6 @@
 """Losses of 20 steps beside the PyTorch MoCo builder's arithmetic: same weights, same views, same permutations.
 
-Takes a minute or two, and another the first time, for PyTorch's environment.
+Takes two or three minutes, and another one the first time, for PyTorch's environment.
 """
 
 import hashlib

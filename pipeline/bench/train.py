@@ -16,7 +16,7 @@ import numpy as np
 from pipeline import console
 from pipeline.bench import _torch_env
 from pipeline.bench._comparison import TORCH_PROGRAM, Settings, make_driver, make_model
-from pipeline.bench._worker import THREADS, Worker
+from pipeline.bench._worker import THREADS, Bystanders, Worker
 
 if TYPE_CHECKING:
     import keras
@@ -27,6 +27,7 @@ _BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16", "avx_ne_convert"}
 _BATCH = 128
 _ROUNDS = 5
 _ROUND_SECONDS = 2.0
+_QUIET = 0.05  # share of the machine that others may take
 _MIB = 1 << 20
 
 
@@ -39,9 +40,10 @@ def measure() -> Mapping[str, float]:
 
     Returns:
         For each precision and width: images per second of both (medians of the rounds); the median of the rounds'
-        ratios; the ratio of the best rounds, which other work on the machine disturbs least; and of our process in MiB:
-        peak memory, what it held before the driver was made (imports, model), the state, the activations (see
-        `activation_bytes`); and (peak - before) / (state + activations). See `rows` for what is left out where.
+        ratios; the ratio of the best rounds, which other work on the machine disturbs least; the share of the machine
+        that such work took; and of our process in MiB: peak memory, what it held before the driver was made (imports,
+        model), the state, the activations (see `activation_bytes`); and (peak - before) / (state + activations).
+        See `rows` for what is left out where.
 
     Raises:
         UserError: PyTorch's environment cannot be made.
@@ -74,18 +76,22 @@ def _measure_row(python: Path, settings: Settings) -> dict[str, float]:
         # Only now, so that neither starts while the other is timed.
         with Worker([python, "-I", TORCH_PROGRAM, "speed", settings.to_json(), str(THREADS)]) as theirs:
             sides = ((ours, steps), (theirs, _steps_a_round(theirs)))
+            others = Bystanders((ours, theirs))
             rounds = [[n * settings.batch / _seconds(side, n) for side, n in sides] for _ in range(_ROUNDS)]
+            share = others.share
             memory, way = ours.ask("memory"), theirs.ask("1")["way"]
-    return {**_summary(settings, way, rounds), **memory}
+    return {**_summary(settings, way, rounds, share), **memory}
 
 
-def _summary(settings: Settings, way: str, rounds: Sequence[Sequence[float]]) -> dict[str, float]:
+def _summary(settings: Settings, way: str, rounds: Sequence[Sequence[float]], others: float) -> dict[str, float]:
     """Prints a row, and returns its figures.
 
     Args:
         settings: of the row.
         way: how PyTorch computed.
         rounds: images per second of both sides in each round.
+        others: share of the machine that other processes took. They cost PyTorch more, whose threads wait for each
+            other at every operation.
     """
     columns = list(zip(*rounds, strict=True))
     (rate, torch_rate), (best, torch_best) = map(statistics.median, columns), map(max, columns)
@@ -94,11 +100,14 @@ def _summary(settings: Settings, way: str, rounds: Sequence[Sequence[float]]) ->
         f"{settings.precision} width {settings.width}: MoCo {rate:.1f} images/s, PyTorch {torch_rate:.1f} ({way}), "
         f"ratio {ratio:.2f}; of the best rounds {best / torch_best:.2f}"
     )
+    if others > _QUIET:
+        console.line(f"  other processes took {others:.0%} of this machine: measure again when it is quiet")
     return {
         "images_per_second": rate,
         "pytorch_images_per_second": torch_rate,
         "ratio": ratio,
         "ratio_of_best_rounds": best / torch_best,
+        "share_of_other_processes": others,
     }
 
 

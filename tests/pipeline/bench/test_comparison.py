@@ -9,7 +9,7 @@ import tensorflow as tf
 
 from pipeline.bench import parity
 from pipeline.bench._comparison import Settings
-from pipeline.bench._worker import Worker
+from pipeline.bench._worker import Bystanders, Worker
 from pipeline.bench.train import activation_bytes, rows
 from trainer_module.batch_norm import FusedBatchNormalization
 from trainer_module.moco import initial_state
@@ -67,3 +67,12 @@ def test_the_long_row_in_bfloat16_is_left_out_where_the_processor_has_none_of_it
     assert ("bfloat16", 64) in rows("flags : fpu avx2 avx512_bf16 amx_bf16\n")
     assert ("bfloat16", 64) not in rows("flags : fpu avx2\n")
     assert "no instructions for bfloat16" in capsys.readouterr().out
+
+
+def test_work_of_others_is_told_from_that_of_the_measured_processes():
+    spin = "import sys\nfor line in sys.stdin: print(sum(range(int(line))), flush=True)"
+    with Worker([sys.executable, "-c", spin]) as worker:
+        as_own, as_another = Bystanders([worker]), Bystanders([])
+        worker.ask("20000000")
+        assert worker.processor_seconds > 0.1
+        assert as_own.share < as_another.share
