@@ -83,14 +83,6 @@ def test_a_line_shows_count_figures_rate_and_time_left(lines):
     assert written()[1] == "train  300/1,200 steps  loss 5.31  1,812 images/s  1:30 left"
 
 
-def test_a_note_is_a_line_of_its_own(lines):
-    handler, _, written = lines
-    said = logging.LogRecord(LOGGER_NAME, logging.WARNING, __file__, 1, "", None, None)
-    said.note = "step-00000020 is damaged; training goes on from step 10"
-    handler.handle(said)
-    assert written() == ["note: step-00000020 is damaged; training goes on from step 10"]
-
-
 def test_time_left_of_a_resumed_task_counts_from_where_it_resumed(lines):
     handler, clock, written = lines
     handler.handle(record("train", 1000, 1200))

@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import logging
+import shutil
 import tarfile
 from collections import namedtuple
 from pathlib import Path
@@ -291,7 +292,7 @@ def test_an_unreadable_record_is_an_error_of_ours_and_nothing_counts_as_done(tmp
 
 def test_too_little_space_is_told_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(executor.shutil, "disk_usage", lambda _: usage(10**12, 0, 10**5))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**12, 0, 10**5))
     with pytest.raises(UserError, match=r"2 pairs of views of 12 images need .* augment.pairs_per_image"):
         run(tmp_path)
     assert not (tmp_path / "views").exists()
