@@ -166,9 +166,11 @@ class ProgressHandler(logging.Handler):
         self._finished: tuple[str, int] | None = None
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Shows one record; one with neither progress nor a note is none of ours."""
-        progress, note = getattr(record, "progress", None), getattr(record, "note", None)
+        """Shows one record; one with neither progress, a note nor a task that has begun is none of ours."""
+        progress, note, begun = (getattr(record, name, None) for name in ("progress", "note", "begun"))
         try:
+            if isinstance(begun, str):
+                self._drawing.begin(begun)
             if isinstance(progress, Progress):
                 self._show(progress)
             if isinstance(note, str):
@@ -211,6 +213,9 @@ class _Lines:
         if last:
             del self._shown[progress.task]
 
+    def begin(self, task: str) -> None:
+        """Says nothing: the line of what was done follows."""
+
     def say(self, text: str) -> None:
         print(text, file=self._stream, flush=True)
 
@@ -236,6 +241,10 @@ class _Bars:
             self._bar = _Bar(progress, text, self._stream)
         else:
             self._bar.show(progress, text)
+
+    def begin(self, task: str) -> None:
+        self.end()
+        self._task, self._bar = task, _Bar(Progress(task, 0, None, "", {}), "working …", self._stream)
 
     def say(self, text: str) -> None:
         tqdm.write(text, file=self._stream)  # above the bar, which it draws again

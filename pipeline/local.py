@@ -24,6 +24,7 @@ from components.view_augmenter.executor import Job, check_space
 from pipeline import console, report
 from pipeline.config import Config, to_yaml
 from pipeline.create_pipeline import Places, create_pipeline, make_experiment
+from trainer_module import progress
 from trainer_module.checkpoints import refuse_other_run
 from trainer_module.input import check_batch
 from trainer_module.strategy import prepare
@@ -121,6 +122,7 @@ class _Runner(local_dag_runner.LocalDagRunner):
         )
         for node in pipeline.nodes:
             self.current = node.pipeline_node.node_info.id
+            progress.begun(self.current)
             began = time.monotonic()
             node_launcher = _Launcher(
                 pipeline_node=node.pipeline_node,

@@ -45,6 +45,15 @@ def report(task: str, done: int, total: int | None, unit: str, **figures: float)
     logging.getLogger(LOGGER_NAME).info("%s: %d of %s %s", task, done, total, unit, extra={"progress": progress})
 
 
+def begun(task: str) -> None:
+    """Tells whoever listens that work has begun of which nothing is counted yet.
+
+    Args:
+        task: what is being done.
+    """
+    logging.getLogger(LOGGER_NAME).info("%s has begun", task, extra={"begun": task})
+
+
 def note(text: str) -> None:
     """Tells the user one line that matters but stops nothing, as a warning on the same logger.
 

@@ -56,6 +56,18 @@ def lines():
     handler.close()
 
 
+def test_work_that_counts_nothing_is_named_on_a_terminal_and_not_elsewhere():
+    record = logging.LogRecord(LOGGER_NAME, logging.INFO, __file__, 1, "", None, None)
+    record.begun = "Transform"
+    for terminal, shown in ((True, "Transform  working …"), (False, "")):
+        stream = io.StringIO()
+        handler = console.ProgressHandler(stream, terminal=terminal)
+        handler.handle(record)
+        handler.close()
+        assert shown in stream.getvalue()
+        assert bool(shown) is bool(stream.getvalue())
+
+
 def test_a_note_stays_above_a_bar_that_goes_on():
     stream = Terminal()
     handler = console.ProgressHandler(stream, terminal=True)
