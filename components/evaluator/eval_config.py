@@ -91,7 +91,7 @@ def _broken_rules(metrics: dict[str, float | None], config: EvaluateConfig) -> l
         "embedding_std_passed": "the embeddings have collapsed: their spread is {embedding_std_relative:.4f} of a "
         f"uniform one, below {config.min_embedding_std:g}",
         "effective_rank_passed": "the embeddings have collapsed: their effective rank is {effective_rank:.2f}, below "
-        f"{config.min_effective_rank:g}",
+        f"{config.min_effective_rank:g}, or half of what so few images or dimensions allow",
         "knn_gain_passed": "kNN {knn_top1:.3f} is not above the untrained encoder's "
         + ("{random_init_knn_top1:.3f}" if metrics.get("random_init_knn_top1") is not None else "(not finite)")
         + (f" by more than {config.min_gain:g}" if config.min_gain else ""),
