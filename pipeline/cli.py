@@ -337,7 +337,8 @@ def _test(arguments: Sequence[str]) -> int:
     # The whole of them in two processes, a file at a time, since most keep one core busy.
     whole = all(argument.startswith("-") for argument in arguments)
     processes = ["-n", "2", "--dist", "loadfile"] if whole else []
-    return subprocess.call([sys.executable, "-m", "pytest", *processes, *arguments], cwd=ROOT)
+    environment = {"TF_CPP_MIN_LOG_LEVEL": "3", **os.environ}
+    return subprocess.call([sys.executable, "-m", "pytest", *processes, *arguments], cwd=ROOT, env=environment)
 
 
 def test_groups(tests: Path) -> list[str]:
