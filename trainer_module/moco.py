@@ -108,24 +108,21 @@ class MoCo:
     def _step(self, state: State, x_q: tf.Tensor, x_k: tf.Tensor, replica: Replica) -> tuple[State, Metrics]:
         # f_k follows the query weights from before this step's update
         key = [self.m * k + (1 - self.m) * q for k, q in zip(state.key, state.query, strict=True)]
+
+        def f_k(x: tf.Tensor, stats: Tensors, training: bool = True) -> tuple[tf.Tensor, Tensors]:
+            return self.encode(key, stats, x, training, self.key_model)
+
         seed = tf.stack([tf.constant(self.seed, tf.int32), state.step])
         memory = Memory(state.key_stats, state.query_stats, state.ring)
-        keys = self.encode_keys(
-            lambda x, stats, training=True: self.encode(key, stats, x, training, self.key_model),
-            x_k,
-            replica,
-            seed,
-            memory,
-        )
-        k = tf.stop_gradient(keys.own)
+        keys = self.encode_keys(f_k, x_k, replica, seed, memory)
+        k = tf.stop_gradient(keys.own)  # NxC
 
         with tf.GradientTape() as tape:
             tape.watch(state.query)
             q, query_stats = self.encode(state.query, state.query_stats, x_q)
             l_pos = tf.reduce_sum(q * k, axis=1, keepdims=True)  # Nx1
-            l_neg = tf.matmul(
-                q, tf.cast(state.queue, q.dtype), transpose_b=True
-            )  # NxK, the queue as it was before this step
+            negatives = tf.cast(state.queue, q.dtype)  # KxC, as they were before this step
+            l_neg = tf.matmul(q, negatives, transpose_b=True)  # NxK
             logits = tf.concat([l_pos, l_neg], axis=1) / self.temperature  # Nx(1+K)
             labels = tf.zeros_like(logits[:, 0], tf.int32)  # the positive is the first
             loss = tf.reduce_mean(tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits))

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import tensorflow as tf
 
-from trainer_module.config import StrategyKind, TpuConfig, TrainConfig
+from trainer_module import progress
+from trainer_module.config import Precision, StrategyKind, TpuConfig, TrainConfig
 from trainer_module.errors import UserError
 
 LOCAL_TPU = "local"
@@ -52,6 +53,13 @@ def prepare(config: TrainConfig) -> None:
     prepare_devices(config.replicas if _resolve(config) is StrategyKind.mirrored and not _gpus() else 1)
     if _resolve(config) is StrategyKind.tpu:
         choose_strategy(config)
+    elif config.precision is Precision.bfloat16 and not _gpus() and not has_bfloat16(_cpuinfo()):
+        progress.note("train.precision=bfloat16 is emulated by this processor, ten times slower than float32")
+
+
+def has_bfloat16(cpuinfo: str) -> bool:
+    """Whether a processor, by the text of its /proc/cpuinfo, computes in bfloat16 and does not emulate it."""
+    return not {"avx512_bf16", "amx_bf16", "avx_ne_convert"}.isdisjoint(cpuinfo.split())
 
 
 def choose_strategy(config: TrainConfig) -> tf.distribute.Strategy:
@@ -93,6 +101,11 @@ def _resolve(config: TrainConfig) -> StrategyKind:
     if config.tpu.name or _tpu_attached():
         return StrategyKind.tpu
     return StrategyKind.mirrored if _gpus() or config.replicas > 1 else StrategyKind.single
+
+
+def _cpuinfo() -> str:
+    path = Path("/proc/cpuinfo")
+    return path.read_text() if path.exists() else ""
 
 
 def _gpus() -> list[tf.config.PhysicalDevice]:

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 _ROWS = (("float32", 16), ("float32", 64), ("bfloat16", 16))
 _WITH_BFLOAT16 = (*_ROWS, ("bfloat16", 64))
-_BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16", "avx_ne_convert"}
 _BATCH = 128
 _ROUNDS = 5
 _ROUND_SECONDS = 2.0
@@ -64,7 +63,9 @@ def rows(cpuinfo: str) -> Sequence[tuple[str, int]]:
     Args:
         cpuinfo: text of /proc/cpuinfo.
     """
-    if _BFLOAT16_FLAGS & set(cpuinfo.split()):
+    from trainer_module.strategy import has_bfloat16
+
+    if has_bfloat16(cpuinfo):
         return _WITH_BFLOAT16
     console.line("this processor has no instructions for bfloat16: width 64 is not measured in it")
     return _ROWS

@@ -8,7 +8,7 @@ import pytest
 import tensorflow as tf
 
 from trainer_module import strategy
-from trainer_module.config import StrategyKind, TpuConfig, TrainConfig
+from trainer_module.config import Precision, StrategyKind, TpuConfig, TrainConfig
 from trainer_module.errors import UserError
 
 CONFIG = TrainConfig(replicas=2, global_batch=12)
@@ -78,3 +78,14 @@ def test_loops_have_the_steps_asked_for_and_one_by_itself_off_tpus():
     cpu = strategy.make_strategy(1)
     assert strategy.steps_per_loop(CONFIG, cpu) == 1
     assert strategy.steps_per_loop(dataclasses.replace(CONFIG, steps_per_loop=7), cpu) == 7
+
+
+@ON_CPU
+def test_emulated_bfloat16_is_noted_before_a_slow_run(monkeypatch, caplog):
+    half = with_strategy("single", precision=Precision.bfloat16)
+    with caplog.at_level("INFO"):
+        for flags, config, notes in (("avx2", half, 1), ("avx2 amx_bf16", half, 0), ("avx2", CONFIG, 0)):
+            caplog.clear()
+            monkeypatch.setattr(strategy, "_cpuinfo", lambda flags=flags: f"flags : fpu {flags}")
+            strategy.prepare(config)
+            assert ["emulated by this processor" in r.getMessage() for r in caplog.records] == [True] * notes
