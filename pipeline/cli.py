@@ -15,7 +15,7 @@ import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from pipeline import bench
 from trainer_module.errors import UserError
@@ -28,6 +28,8 @@ DONE, FAILED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
 _DESCRIPTION = "Train, check, publish and use a visual encoder by Momentum Contrast (MoCo) on your own images."
 _SEE = "'./moco COMMAND --help' explains a command, with an example."
 _CONTINUES = ("demo", "run")
+# What a path or its rights can bring about, wherever it is met; a missing file may be our fault.
+_OF_THE_USER = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -78,6 +80,23 @@ def _dispatch(arguments: list[str]) -> int:
 
 
 # The words: parsers and their help.
+
+
+class _Once(argparse.Action):
+    """Stores a value, and refuses a second one."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        del parser
+        if getattr(namespace, f"_{self.dest}_given", False):
+            raise UserError(f"{option_string} is given twice ({getattr(namespace, self.dest)} and {values}); keep one")
+        setattr(namespace, self.dest, values)
+        setattr(namespace, f"_{self.dest}_given", True)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -153,15 +172,20 @@ DIR/result.json holds the outcome."""
     parser.add_argument(
         "--images",
         required=True,
+        action=_Once,
         metavar="SRC",
         help="a folder (its first level of folders is the label, if there is one), a glob, tar files, TFRecords, or "
         "any of them on gs://; quote a glob",
     )
     parser.add_argument(
-        "--workdir", required=True, metavar="DIR", help="folder for everything made; created if missing"
+        "--workdir", required=True, action=_Once, metavar="DIR", help="folder for everything made; created if missing"
     )
     parser.add_argument(
-        "--config", default="moco_v2", metavar="PRESET|FILE", help="a preset or a YAML file (default: moco_v2)"
+        "--config",
+        default="moco_v2",
+        action=_Once,
+        metavar="PRESET|FILE",
+        help="a preset or a YAML file (default: moco_v2)",
     )
     parser.add_argument(
         "--set",
@@ -196,12 +220,17 @@ An image that cannot be read gets a row with its error and never stops the rest.
     parser.add_argument(
         "--model",
         required=True,
+        action=_Once,
         metavar="DIR",
         help="a SavedModel, or a folder of numbered versions, of which the newest complete one is taken; may be gs://",
     )
-    parser.add_argument("--images", required=True, metavar="SRC", help="as for './moco run'")
+    parser.add_argument("--images", required=True, action=_Once, metavar="SRC", help="as for './moco run'")
     parser.add_argument(
-        "--out", required=True, metavar="FILE", help="FILE.npz, or FILE.parquet (which is written batch by batch)"
+        "--out",
+        required=True,
+        action=_Once,
+        metavar="FILE",
+        help="FILE.npz, or FILE.parquet (which is written batch by batch)",
     )
     parser.add_argument(
         "--batch", type=int, default=64, metavar="N", help="images in one call of the model (default: 64)"
@@ -219,7 +248,7 @@ example:
 then, in Python:
   model.load_state_dict(safetensors.torch.load_file("encoder.safetensors"), strict=False)  # all but fc"""
     parser.add_argument("--model", required=True, metavar="DIR", help="as for './moco embed'")
-    parser.add_argument("--out", required=True, metavar="FILE", help="FILE.safetensors or FILE.npz")
+    parser.add_argument("--out", required=True, action=_Once, metavar="FILE", help="FILE.safetensors or FILE.npz")
     _add_talk(parser)
 
 
@@ -299,8 +328,9 @@ def _embed(options: argparse.Namespace) -> int:
     console.prefer_onednn()
     from pipeline import embed
 
+    model, out = os.path.expanduser(options.model), os.path.expanduser(options.out)
     with console.progress_shown():
-        console.line(str(embed.embed(options.model, options.images, options.out, options.batch)))
+        console.line(str(embed.embed(model, options.images, out, options.batch)))
     return DONE
 
 
@@ -367,7 +397,13 @@ def check_workdir(workdir: str, images: str) -> None:
         raise UserError("--images is empty; name a folder, a glob in quotes, tar files or TFRecords")
     if "://" in workdir:
         raise UserError(f"--workdir {workdir}: must be a folder on this machine, e.g. --workdir ./run")
-    path = Path(workdir).expanduser().absolute()
+    try:
+        path = Path(workdir).expanduser().absolute()
+        path.resolve()
+    except RuntimeError as error:  # no such user, or links that go round in a circle
+        raise UserError(f"--workdir {workdir}: {error}; name another folder") from error
+    if path.is_symlink() and not path.exists():
+        raise UserError(f"--workdir {workdir}: is a link to a folder that is missing; make it, or name another")
     if path.exists() and not path.is_dir():
         raise UserError(f"--workdir {workdir}: is a file; name a folder")
     existing = next(parent for parent in (path, *path.parents) if parent.exists())
@@ -427,6 +463,10 @@ def user_error(error: BaseException) -> str | None:
         if isinstance(link, OSError) and link.errno == errno.ENOSPC:
             where = f" while writing {link.filename}" if link.filename else ""
             return f"no space left on the disk{where}; free some or choose another folder"
+    for link in chain:
+        if isinstance(link, OSError) and link.errno in _OF_THE_USER and isinstance(link.filename, str):
+            name = link.filename if len(link.filename) <= 200 else f"{link.filename[:199]}…"
+            return f"{name}: {(link.strerror or str(link)).lower()}; check the path and its rights"
     for link in chain:
         text = str(link)
         if found := re.search(r"^(?:[\w.]+\.)?UserError: (.+)$", text, re.MULTILINE):

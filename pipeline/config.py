@@ -643,8 +643,11 @@ def _impossible_training(config: Config) -> Iterator[str]:
 
 
 def _impossible_key_bn(train: TrainConfig) -> Iterator[str]:
-    mode, replicas, groups = train.key_bn.mode, train.replicas, train.key_bn.groups
+    mode, groups = train.key_bn.mode, train.key_bn.groups
+    replicas = 1 if train.strategy is StrategyKind.single else train.replicas
     batch = train.global_batch // replicas
+    if train.strategy is StrategyKind.tpu or train.tpu.name:
+        return  # the cores of a TPU are counted when it is found
     if mode is KeyBnMode.all_to_all and batch % replicas:
         near = max(1, round(train.global_batch / replicas**2)) * replicas**2
         yield (
@@ -655,7 +658,7 @@ def _impossible_key_bn(train: TrainConfig) -> Iterator[str]:
         near = max(divisor for divisor in range(1, groups + 1) if batch % divisor == 0)
         yield (
             f"train.key_bn.groups={groups} does not divide the {batch} images of a replica (train.global_batch="
-            f"{train.global_batch}, train.replicas={replicas}); e.g. train.key_bn.groups={near}"
+            f"{train.global_batch}, {replicas} replicas); e.g. train.key_bn.groups={near}"
         )
 
 

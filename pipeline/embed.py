@@ -102,6 +102,7 @@ def embed(model: str, images: str, out: str, batch: int = 64) -> Summary:
         raise UserError(f"--batch {batch} must be at least 1; e.g. --batch 64")
     check_out(out, ".npz", ".parquet")
     sources.check(images)
+    images = sources.join_pattern(*sources.split_pattern(images))
     encoder = load_encoder(model)
     start = time.monotonic()
     count = errors = 0
@@ -185,7 +186,8 @@ def _names(folder: str) -> list[str]:
 def _missing(folder: str, is_file: bool) -> list[str]:
     if folder.endswith("/variables"):
         return []
-    raise UserError(f"--model {folder}: {'is a file; name its folder' if is_file else 'there is no such folder'}")
+    missing = "there is no such folder; where a model was not blessed nothing is published, see result.json"
+    raise UserError(f"--model {folder}: {'is a file; name its folder' if is_file else missing}")
 
 
 # From a source to rows.

@@ -71,6 +71,7 @@ def _run(config: Config, images: str, home: Path, require_blessing: bool) -> int
     _write(home / "config.yaml", to_yaml(config))
     connection = tfx.orchestration.metadata.sqlite_metadata_connection_config(str(home / "metadata.sqlite"))
     _clear_dead_executions(connection, Path(places.root))
+    _forget_lost_versions(connection)
     nodes: list[report.Node] = []
 
     def finished(node: report.Node) -> None:
@@ -175,6 +176,15 @@ def _clear_dead_executions(connection: metadata_store_pb2.ConnectionConfig, root
                 shutil.rmtree(folder, ignore_errors=True)
         if dead:
             handle.store.put_executions(dead)
+
+
+def _forget_lost_versions(connection: metadata_store_pb2.ConnectionConfig) -> None:
+    """Removes the archives of versions that were published and are gone, so that no cached push stands for them."""
+    with metadata.Metadata(connection) as handle:
+        for artifact in handle.store.get_artifacts_by_type("PushedModel"):
+            destination = artifact.custom_properties["pushed_destination"].string_value
+            if destination and not Path(destination).exists():
+                shutil.rmtree(artifact.uri, ignore_errors=True)
 
 
 def _write(path: Path, text: str) -> None:

@@ -132,7 +132,7 @@ def summary(result: Mapping[str, Any], nodes: Sequence[Node], config: Config, im
         ("blessed", _verdict(result, by_id["Evaluator"])),
         ("encoder", _encoder(result, by_id)),
         ("took", _took(result["seconds"]["total"], result["cached"])),
-        ("details", f"{home / 'result.json'}, {home / 'log.txt'}"),
+        ("details", f"{_shown(home / 'result.json')}, {_shown(home / 'log.txt')}"),
     ]
     lines = ["", *(f"{label:<10}{text}" for label, text in rows)]
     if result["pushed_model"]:
@@ -140,9 +140,9 @@ def summary(result: Mapping[str, Any], nodes: Sequence[Node], config: Config, im
             "./moco",
             "embed",
             "--model",
-            result["pushed_model"],
+            _shown(result["pushed_model"]),
             "--images",
-            _absolute(images),
+            _shown(images),
             "--out",
             "embeddings.npz",
         ]
@@ -150,14 +150,19 @@ def summary(result: Mapping[str, Any], nodes: Sequence[Node], config: Config, im
     return lines
 
 
-def _absolute(images: str) -> str:
-    return images if "://" in images else os.path.abspath(os.path.expanduser(images))
+def _shown(path: str | Path) -> str:
+    """A path as one would type it here: relative to the present folder if it lies below."""
+    if "://" in str(path):
+        return str(path)
+    absolute = os.path.abspath(os.path.expanduser(path))
+    relative = os.path.relpath(absolute)
+    return absolute if relative.startswith("..") else relative
 
 
 def _notes(by_id: Mapping[str, Node]) -> Iterator[str]:
     counts = ingested(by_id["ImageExampleGen"])
     if counts["quarantined"]:
-        yield f"{counts['quarantined']:,} unusable: {by_id['ImageExampleGen'].uri('examples')}/quarantine.jsonl"
+        yield f"{counts['quarantined']:,} unusable: {_shown(by_id['ImageExampleGen'].uri('examples'))}/quarantine.jsonl"
     if counts.get("label_conflicts"):
         yield f"{counts['label_conflicts']:,} images stand under more than one label; the first path's is used"
     yield from read_anomalies(by_id["ExampleValidator"].uri("anomalies"))
@@ -188,7 +193,9 @@ def _verdict(result: Mapping[str, Any], evaluator: Node) -> str:
 
 
 def _encoder(result: Mapping[str, Any], by_id: Mapping[str, Node]) -> str:
-    return result["pushed_model"] or f"not pushed; it lies in {by_id['Trainer'].uri('model')}/Format-Serving"
+    if result["pushed_model"]:
+        return _shown(result["pushed_model"])
+    return f"not pushed; it lies in {_shown(by_id['Trainer'].uri('model'))}/Format-Serving"
 
 
 def _took(seconds: float, cached: Sequence[str]) -> str:

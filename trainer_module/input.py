@@ -74,7 +74,8 @@ def open_source(split_dir: str, augment: AugmentConfig) -> Source:
         views=tuple(v for v in views if v),
         stored=stored,
         record_bytes={entry["name"]: entry["bytes"] / max(entry["records"], 1) for entry in manifest["files"]},
-        digest=hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest(),
+        # What is only watched, such as the sample for the online kNN, does not make it another training set.
+        digest=hashlib.sha256(json.dumps(manifest | {"watch": None}, sort_keys=True).encode()).hexdigest(),
     )
 
 

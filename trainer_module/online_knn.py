@@ -2,7 +2,7 @@
 
 The images are a small labelled sample that ViewAugmenter stores beside the views: of the train split as the bank, of
 the eval split as the queries. They are embedded by f_q's backbone with BN in inference mode, as the published encoder
-would embed them, and nothing is learned from them.
+would embed them if image.eval_resize were 0, and nothing is learned from them.
 """
 
 import dataclasses

@@ -33,6 +33,7 @@ from components.image_example_gen.config import IngestConfig, from_json
 from components.image_example_gen.parameters import unpack_parameters
 from trainer_module import progress
 from trainer_module.errors import UserError
+from trainer_module.images import decode
 
 INGEST_FILE = "ingest.json"
 QUARANTINE_FILE = "quarantine.jsonl"
@@ -420,11 +421,27 @@ class WriteShard(_ThreadedDoFn):
             if codec.sha256(data) != sha:
                 raise OSError("it changed while the images were read; run again")
             image = codec.canonical(data, self._job.limits)
+            if image.encoded is data:
+                _prove(data)
         except codec.BadImage as bad:
             return None, 0, None, (ref.path, bad.reason, bad.detail, sha)
         except OSError as error:
             return None, 0, None, (ref.path, "unreadable", str(error), sha)
         return (image, sha, ref), len(image.encoded), ref.label, None
+
+
+def _prove(encoded: bytes) -> None:
+    """Decodes bytes that are kept as they are as later stages will: Pillow forgives damage that TensorFlow does not.
+
+    Raises:
+        BadImage: they are refused.
+    """
+    try:
+        decode(tf.constant(encoded))
+    except tf.errors.InvalidArgumentError as error:
+        raise codec.BadImage(
+            "damaged", f"TensorFlow cannot decode it: {error.message.splitlines()[0][:150]}"
+        ) from error
 
 
 def encode_example(record: tuple[codec.Canonical, str, sources.Ref], split: str) -> bytes:

@@ -347,7 +347,7 @@ def _walk(folder: str, relative: str, above: tuple[tuple[int, int], ...]) -> Ite
     try:
         status = os.stat(folder)
         entries = os.scandir(folder)
-    except PermissionError as error:
+    except OSError as error:
         raise UserError(f"the folder {printable(folder)} may not be read: allow it, or name another folder") from error
     identity = (status.st_dev, status.st_ino)
     if identity in above:
@@ -364,9 +364,12 @@ def _walk(folder: str, relative: str, above: tuple[tuple[int, int], ...]) -> Ite
 
 
 def _local_file(path: str, relative: str) -> File:
-    """A local file with its size and time."""
-    status = os.stat(path)
-    return File(path, relative, status.st_size, status.st_mtime_ns)
+    """A local file with its size and time; one that may not be read counts as changed once it may."""
+    try:
+        status = os.stat(path)
+    except FileNotFoundError:  # deleted since it was listed
+        return File(path, relative, 0, 0)
+    return File(path, relative, status.st_size, status.st_mtime_ns if os.access(path, os.R_OK) else -1)
 
 
 def _list_remote(src: str) -> Iterator[File]:
@@ -461,10 +464,12 @@ class _Group:
 
     def items(self, config: IngestConfig) -> Iterator[Item]:
         """The images with the label that the sidecars give, and what else there was."""
-        label = _label(_sidecar_value({suffix: data for suffix, (_, data) in self.sidecars.items()}), config)
+        sidecars = {suffix: data for suffix, (_, data) in self.sidecars.items()}
+        label, caption = _label(_sidecar_value(sidecars), config), _label(_caption(sidecars), config)
         for item in self.images:
-            if isinstance(item, Found) and label is not None:
-                item = item._replace(ref=item.ref._replace(label=label))
+            if isinstance(item, Found):
+                # A line of text may be a label or a caption; where there are folders, they are the labels.
+                item = item._replace(ref=item.ref._replace(label=label or item.ref.label or caption))
             yield item
         if not any(isinstance(item, Found | Bad) for item in self.images):
             yield from (Skipped(path) for path, _ in self.sidecars.values())
@@ -565,6 +570,11 @@ def _sidecar_value(sidecars: dict[str, bytes]) -> object:
             found = [fields[name] for name in ("label", "class", "cls") if fields.get(name) is not None]
             if found:
                 return found[0]
+    return None
+
+
+def _caption(sidecars: dict[str, bytes]) -> str | None:
+    """A short line of text beside an image."""
     line = sidecars.get(".txt", b"").decode("utf-8", "replace").strip()
     return line if len(line) <= _MAX_TXT_LABEL and "\n" not in line else None
 

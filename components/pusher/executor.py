@@ -1,5 +1,6 @@
 """Publishes a blessed model as a whole or not at all."""
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -175,8 +176,9 @@ def _read_digest(model_path: str) -> str | None:
     card = f"{model_path}/{CARD_FILE}"
     if not fileio.exists(card):
         return None
-    with fileio.open(card, "r") as file:
+    with fileio.open(card, "r") as file, contextlib.suppress(json.JSONDecodeError):
         return json.loads(file.read()).get(_DIGEST)
+    return None
 
 
 def _digest(model_path: str) -> str:

@@ -32,6 +32,8 @@ def run(name: str, json_file: str | None) -> None:
     """
     if json_file and not Path(json_file).absolute().parent.is_dir():
         raise UserError(f"--json {json_file}: the folder {Path(json_file).parent} does not exist; make it first")
+    if json_file and Path(json_file).is_dir():
+        raise UserError(f"--json {json_file}: is a folder; name a file, e.g. --json {Path(json_file) / 'figures.json'}")
     figures = dict(importlib.import_module(f"{__name__}.{name}").measure())
     for figure, value in figures.items():
         console.line(f"{figure:<44} {value:>14,.3f}")

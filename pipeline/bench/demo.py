@@ -35,6 +35,6 @@ def measure() -> Mapping[str, float]:
 
 def _demo(seed: int) -> dict:
     with tempfile.TemporaryDirectory() as workdir:
-        command = [sys.executable, "-m", "pipeline", "demo", "--workdir", workdir, "--seed", str(seed)]
+        command = [sys.executable, "-I", "-m", "pipeline", "demo", "--workdir", workdir, "--seed", str(seed)]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         return json.loads(Path(workdir, "result.json").read_text(encoding="utf-8"))

@@ -22,7 +22,7 @@ def measure() -> Mapping[str, float]:
         used: imports, drivers, metadata, caching, publishing, the report.
     """
     with tempfile.TemporaryDirectory() as workdir:
-        command = [sys.executable, "-m", "pipeline", "run", "--images", str(DEMO_IMAGES), "--workdir", workdir]
+        command = [sys.executable, "-I", "-m", "pipeline", "run", "--images", str(DEMO_IMAGES), "--workdir", workdir]
         began = time.monotonic()
         subprocess.run(
             [*command, "--config", "demo", "--set", f"train.epochs={_EPOCHS}"], check=True, stdout=subprocess.DEVNULL

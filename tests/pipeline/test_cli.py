@@ -356,3 +356,30 @@ def test_an_empty_folder_name_is_refused_by_its_own_key(images, workdir, key, tm
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=f"^{key} is empty"):
         cli.check_workdir(workdir, images)
+
+
+def test_an_option_given_twice_is_refused():
+    for words in (
+        ["run", "--images", "a", "--images", "b", "--workdir", "w"],
+        ["embed", "--model", "a", "--model", "b"],
+    ):
+        with pytest.raises(UserError, match="is given twice"):
+            cli._parse(words)
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP])
+def test_what_a_path_s_rights_forbid_is_one_line_and_not_a_fault_of_ours(code):
+    text = cli.user_error(RuntimeError("x")) or cli.user_error(OSError(code, os.strerror(code), "/secret/x"))
+    assert text is not None
+    assert text.startswith("/secret/x: ")
+    assert cli.user_error(OSError(errno.ENOENT, "gone", "/x")) is None
+
+
+def test_a_working_folder_that_is_a_link_into_nothing_or_round_in_a_circle_is_refused(tmp_path: Path):
+    (tmp_path / "nothing").symlink_to(tmp_path / "missing")
+    (tmp_path / "circle").symlink_to(tmp_path / "circle")
+    for name in ("nothing", "circle"):
+        with pytest.raises(UserError, match=f"--workdir .*{name}"):
+            cli.check_workdir(str(tmp_path / name), "images")
+    with pytest.raises(UserError, match="--workdir ~nobody9/x"):
+        cli.check_workdir("~nobody9/x", "images")

@@ -215,6 +215,10 @@ def test_what_cannot_be_read_is_refused_in_one_line_with_the_mend(override, word
             ["equal shares to 8", "e.g. train.global_batch=64"],
         ),
         (["train.key_bn.mode=split", "train.key_bn.groups=5"], ["train.key_bn.groups=5", "e.g. train.key_bn.groups=4"]),
+        (
+            ["train.strategy=single", "train.key_bn.mode=split", "train.global_batch=260"],
+            ["does not divide the 260 images of a replica", "e.g. train.key_bn.groups=5"],
+        ),
         (["train.schedule=step", "train.milestones=[3,2,3]"], ["train.milestones=[3,2,3]", "[2,3]"]),
         (
             ["encoder=keras.applications.VGG16", "encoder.width=8"],

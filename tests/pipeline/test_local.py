@@ -7,6 +7,7 @@ import contextlib
 import json
 import multiprocessing
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -246,6 +247,14 @@ def test_a_second_run_takes_everything_from_the_cache_and_says_so(first, images,
     out = capsys.readouterr().out
     assert out.count(" cached\n") == len(COMPONENTS)
     assert "components were reused from an earlier run" in out
+
+
+def test_a_version_that_was_deleted_is_published_again(first, images, workdir):
+    shutil.rmtree(workdir / "serving")
+    assert local.run(settings(), str(images), workdir) == 0
+    result = result_of(workdir)
+    assert set(result["cached"]) == COMPONENTS - {"Pusher"}
+    assert (Path(result["pushed_model"]) / "saved_model.pb").exists()
 
 
 def test_another_training_setting_reads_no_image_again_and_is_compared_with_the_last_blessed(first, images, workdir):

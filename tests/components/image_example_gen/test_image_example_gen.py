@@ -21,7 +21,7 @@ from tfx.types import standard_artifacts
 from tfx.utils import proto_utils
 
 from components import disk
-from components.image_example_gen import component, executor, sources
+from components.image_example_gen import codec, component, executor, sources
 from components.image_example_gen.component import ImageExampleGen
 from components.image_example_gen.config import IngestConfig, Labels
 from trainer_module.errors import UserError
@@ -155,6 +155,28 @@ def test_a_bucket_is_ingested_into_the_same_bytes_as_the_same_folder_on_disk(
     ingest("gs://pictures/set", tmp_path / "from bucket", ("--no_auth",))
     assert content(tmp_path / "from bucket") == content(tmp_path / "from disk")
     assert counts(tmp_path / "from bucket")["quarantined"] == 1
+
+
+def test_a_jpeg_that_only_pillow_forgives_is_quarantined_and_not_found_out_later(tmp_path: pathlib.Path) -> None:
+    """One marker in the midst of the scan: Pillow decodes on, TensorFlow refuses the file."""
+    picture = io.BytesIO()
+    Image.effect_noise((200, 200), 60).convert("RGB").save(picture, "JPEG", quality=90)
+    good = picture.getvalue()
+    forgiven = {}
+    for at in range(len(good) // 4, len(good) - 10, 97):
+        data = good[:at] + b"\xff\xe4" + good[at + 2 :]
+        try:
+            codec.canonical(data, codec.Limits(10**6, 8))
+            tf.io.decode_jpeg(data)
+        except codec.BadImage:
+            continue
+        except tf.errors.InvalidArgumentError:
+            forgiven[f"a/{at}.jpg"] = data
+    assert forgiven
+    name, data = next(iter(forgiven.items()))
+    write_all(tmp_path / "src", {f"b/{path}": picture for path, picture in sample(30).items()} | {name: data})
+    ingest(tmp_path / "src", tmp_path / "out")
+    assert [(row["path"], row["reason"]) for row in quarantine(tmp_path / "out")] == [(name, "damaged")]
 
 
 def test_labels_come_from_folders_shards_and_records(mixed: tuple) -> None:

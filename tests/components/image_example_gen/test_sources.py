@@ -181,6 +181,26 @@ def test_keys_of_examples_can_be_named(tmp_path: pathlib.Path) -> None:
     assert "ingest.image_key" in second.detail
 
 
+def test_folders_inside_a_tar_are_the_labels_whatever_captions_lie_beside_the_images(tmp_path: pathlib.Path) -> None:
+    for order in (1, -1):
+        with tarfile.open(tmp_path / "x.tar", "w") as archive:
+            for name, data in [("dogs/a0.txt", b"a brown dog"), ("dogs/a0.png", b"\x89PNG\r\n\x1a\n")][::order]:
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                archive.addfile(info, io.BytesIO(data))
+        items = sources.read_images(str(tmp_path / "x.tar"), IngestConfig())
+        assert [item.ref.label for item in items if isinstance(item, sources.Found)] == ["dogs"]
+
+
+def test_an_unreadable_file_counts_as_changed_once_it_may_be_read(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.png").write_bytes(b"x")
+    readable = sources.survey(str(tmp_path)).fingerprint
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    assert sources.survey(str(tmp_path)).fingerprint != readable
+
+
 def test_labels_keep_spaces_and_unicode_in_one_normal_form(tmp_path: pathlib.Path) -> None:
     composed, decomposed = unicodedata.normalize("NFC", "Bäume"), unicodedata.normalize("NFD", "Bäume")
     write(tmp_path / "two words" / "a.png", png(1))
