@@ -1,5 +1,6 @@
 """Fixtures that every room's tests share: the sample images that the project carries."""
 
+import signal
 import tarfile
 from pathlib import Path
 
@@ -11,8 +12,12 @@ REPLICAS = 8
 
 
 def pytest_sessionstart() -> None:
-    """Splits the CPU before any test starts TensorFlow; later it is too late."""
+    """Splits the CPU before any test starts TensorFlow; later it is too late.
+
+    Ctrl-C is listened to again, here and so in the processes that tests start: a job in a shell's background ignores it.
+    """
     prepare_devices(REPLICAS)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

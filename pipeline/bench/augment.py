@@ -40,7 +40,7 @@ def measure() -> Mapping[str, float]:
     return augment()
 
 
-def augment(images: int = 300, pairs_per_image: int = 1, sample: str = str(SAMPLE)) -> dict[str, float]:
+def augment(images: int = 1200, pairs_per_image: int = 1, sample: str = str(SAMPLE)) -> dict[str, float]:
     """Measures the making of views from stored images, MoCo v2's recipe, against a plain Pillow loop.
 
     Both sides decode each image once and make `pairs_per_image` pairs of it. ViewAugmenter cuts them from the stored
