@@ -14,7 +14,7 @@ REPLICAS = 8
 def pytest_sessionstart() -> None:
     """Splits the CPU before any test starts TensorFlow; later it is too late.
 
-    Ctrl-C is listened to again, here and so in the processes that tests start: a job in a shell's background ignores it.
+    Ctrl-C is listened to again, here and so in the processes that tests start: jobs in a shell's background ignore it.
     """
     prepare_devices(REPLICAS)
     signal.signal(signal.SIGINT, signal.default_int_handler)
