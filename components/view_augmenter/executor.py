@@ -205,7 +205,10 @@ class ViewStream:
         Raises:
             RuntimeError: a record cannot be decoded, which ingestion had proved.
         """
-        records = tf.data.TFRecordDataset(path, compression_type=compression(path)).as_numpy_iterator()
+        options = tf.data.Options()
+        options.autotune.enabled = False  # its thread takes up to a second to end, for every shard
+        dataset = tf.data.TFRecordDataset(path, compression_type=compression(path)).with_options(options)
+        records = dataset.as_numpy_iterator()
         try:
             with concurrent.futures.ThreadPoolExecutor(self._threads) as pool:
                 images = self._ordered(pool, (functools.partial(self._read, record) for record in records))
