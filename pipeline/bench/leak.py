@@ -90,7 +90,9 @@ def measure(out: str | None = None) -> Mapping[str, float]:
         For each mode pretext top-1 of the last epoch and kNN top-1 at the end, mean and spread over the seeds.
     """
     from pipeline import console
+    from trainer_module.strategy import prepare_devices
 
+    prepare_devices(REPLICAS)  # making the views starts TensorFlow, and later it is too late
     folder = Path(out or tempfile.mkdtemp(prefix="moco-leak-"))
     folder.mkdir(parents=True, exist_ok=True)
     scale = Scale()
