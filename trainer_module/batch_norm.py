@@ -126,7 +126,8 @@ class SyncBatchNormalization(FusedBatchNormalization):
     def normalize_by_itself(self, x: tf.Tensor) -> tuple[tf.Tensor, Moments]:
         """See the base class."""
         replica, wide = entered_replica(), tf.cast(x, tf.float32)
-        first, second = mean(replica, [tf.reduce_mean(wide, [0, 1, 2]), tf.reduce_mean(wide**2, [0, 1, 2])])
+        with tf.name_scope("batch_norm"):
+            first, second = mean(replica, [tf.reduce_mean(wide, [0, 1, 2]), tf.reduce_mean(wide**2, [0, 1, 2])])
         variance = tf.maximum(second - first**2, 0.0)
         scale = tf.convert_to_tensor(self.gamma) * tf.math.rsqrt(variance + self.epsilon)
         y = tf.cast(wide * scale + (tf.convert_to_tensor(self.beta) - first * scale), x.dtype)

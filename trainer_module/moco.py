@@ -1,6 +1,7 @@
 """Momentum Contrast: one training step as a pure function (arXiv 1911.05722, algorithm 1; 2003.04297).
 
-N: images of this replica, R: replicas, C: size of an embedding, K: keys in the queue.
+N: images of this replica, R: replicas, C: size of an embedding, K: keys in the queue. The names of the scopes reach the
+compiled program, so that what it costs can be told part by part (`./moco tpu-report`).
 """
 
 import dataclasses
@@ -107,7 +108,8 @@ class MoCo:
 
     def _step(self, state: State, x_q: tf.Tensor, x_k: tf.Tensor, replica: Replica) -> tuple[State, Metrics]:
         # f_k follows the query weights from before this step's update
-        key = [self.m * k + (1 - self.m) * q for k, q in zip(state.key, state.query, strict=True)]
+        with tf.name_scope("momentum_update"):
+            key = [self.m * k + (1 - self.m) * q for k, q in zip(state.key, state.query, strict=True)]
 
         def f_k(x: tf.Tensor, stats: Tensors, training: bool = True) -> tuple[tf.Tensor, Tensors]:
             return self.encode(key, stats, x, training, self.key_model)
@@ -119,28 +121,35 @@ class MoCo:
 
         with tf.GradientTape() as tape:
             tape.watch(state.query)
-            q, query_stats = self.encode(state.query, state.query_stats, x_q)
-            l_pos = tf.reduce_sum(q * k, axis=1, keepdims=True)  # Nx1
-            negatives = tf.cast(state.queue, q.dtype)  # KxC, as they were before this step
-            l_neg = tf.matmul(q, negatives, transpose_b=True)  # NxK
-            logits = tf.concat([l_pos, l_neg], axis=1) / self.temperature  # Nx(1+K)
-            labels = tf.zeros_like(logits[:, 0], tf.int32)  # the positive is the first
-            loss = tf.reduce_mean(tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits))
-        gradients = mean(replica, tape.gradient(loss, state.query))
+            with tf.name_scope("query_encoder"):
+                q, query_stats = self.encode(state.query, state.query_stats, x_q)
+            with tf.name_scope("loss"):
+                l_pos = tf.reduce_sum(q * k, axis=1, keepdims=True)  # Nx1
+                negatives = tf.cast(state.queue, q.dtype)  # KxC, as they were before this step
+                l_neg = tf.matmul(q, negatives, transpose_b=True)  # NxK
+                logits = tf.concat([l_pos, l_neg], axis=1) / self.temperature  # Nx(1+K)
+                labels = tf.zeros_like(logits[:, 0], tf.int32)  # the positive is the first
+                loss = tf.reduce_mean(tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits))
+        with tf.name_scope("gradients"):
+            gradients = mean(replica, tape.gradient(loss, state.query))
 
         # SGD as in PyTorch: the decay is part of the gradient and covers every parameter
-        rate = self.learning_rate(state.step)
-        slots = [
-            self.sgd_momentum * v + g + self.weight_decay * w
-            for v, g, w in zip(state.slots, gradients, state.query, strict=True)
-        ]
-        query = [w - rate * v for w, v in zip(state.query, slots, strict=True)]
+        with tf.name_scope("sgd"):
+            rate = self.learning_rate(state.step)
+            slots = [
+                self.sgd_momentum * v + g + self.weight_decay * w
+                for v, g, w in zip(state.slots, gradients, state.query, strict=True)
+            ]
+            query = [w - rate * v for w, v in zip(state.query, slots, strict=True)]
 
-        queue, pointer = enqueue(state.queue, state.pointer, keys.everyone)
+        with tf.name_scope("enqueue"):
+            queue, pointer = enqueue(state.queue, state.pointer, keys.everyone)
+        with tf.name_scope("statistics"):
+            query_stats = mean(replica, query_stats)
         new = State(
             step=state.step + 1,
             query=query,
-            query_stats=mean(replica, query_stats),
+            query_stats=query_stats,
             key=key,
             key_stats=keys.stats,
             slots=slots,
@@ -148,7 +157,8 @@ class MoCo:
             queue=queue,
             pointer=pointer,
         )
-        return new, _measure(loss, q, l_pos, l_neg, rate, replica)
+        with tf.name_scope("metrics"):
+            return new, _measure(loss, q, l_pos, l_neg, rate, replica)
 
 
 def _measure(

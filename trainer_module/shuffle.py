@@ -80,9 +80,10 @@ def cross_replica_sum(f_k: KeyEncoder, x_k: tf.Tensor, replica: Replica, seed: t
 
     The pixels travel as bfloat16, which holds 0 to 255 exactly, in half the bytes of float32.
     """
-    perm = permutation(seed, replica.count * x_k.shape[0])
-    places = own_rows(replica, tf.math.invert_permutation(perm))
-    shuffled = tf.cast(own_rows(replica, gather(replica, tf.cast(x_k, tf.bfloat16), places)), x_k.dtype)
+    with tf.name_scope("key_shuffle"):
+        perm = permutation(seed, replica.count * x_k.shape[0])
+        places = own_rows(replica, tf.math.invert_permutation(perm))
+        shuffled = tf.cast(own_rows(replica, gather(replica, tf.cast(x_k, tf.bfloat16), places)), x_k.dtype)
     return _encode_in_place(f_k, shuffled, own_rows(replica, perm), replica, memory)
 
 
@@ -92,15 +93,17 @@ def all_to_all(f_k: KeyEncoder, x_k: tf.Tensor, replica: Replica, seed: tf.Tenso
     A query and its key share a BN group as often as under a uniform shuffle, and every pixel travels once at most.
     """
     n, count = x_k.shape[0], replica.count
-    orders = tf.argsort(tf.random.stateless_uniform([2, count, n], seed, alg="philox"), stable=True)
-    leaving, arriving = orders[0], tf.gather(orders[1], replica.index)  # Rxn of all replicas, n of this one
-    sent = tf.gather(x_k, tf.gather(leaving, replica.index))
-    received = _exchange(sent, replica)
-    # Block j of what arrives is the block of replica j's order that was meant for this replica.
-    block = n // count
-    places = leaving[:, :n] + n * tf.range(count)[:, tf.newaxis]
-    places = tf.reshape(tf.gather(tf.reshape(places, [count, count, block]), replica.index, axis=1), [n])
-    return _encode_in_place(f_k, tf.gather(received, arriving), tf.gather(places, arriving), replica, memory)
+    with tf.name_scope("key_shuffle"):
+        orders = tf.argsort(tf.random.stateless_uniform([2, count, n], seed, alg="philox"), stable=True)
+        leaving, arriving = orders[0], tf.gather(orders[1], replica.index)  # Rxn of all replicas, n of this one
+        sent = tf.gather(x_k, tf.gather(leaving, replica.index))
+        received = tf.gather(_exchange(sent, replica), arriving)
+        # Block j of what arrives is the block of replica j's order that was meant for this replica.
+        block = n // count
+        places = leaving[:, :n] + n * tf.range(count)[:, tf.newaxis]
+        places = tf.reshape(tf.gather(tf.reshape(places, [count, count, block]), replica.index, axis=1), [n])
+        places = tf.gather(places, arriving)
+    return _encode_in_place(f_k, received, places, replica, memory)
 
 
 def host(hosts: int = 1) -> KeyEncoding:
@@ -139,8 +142,10 @@ def shuffle_keys(batches: tf.data.Dataset, seed: int, start_step: int, index: in
 def split(f_k: KeyEncoder, x_k: tf.Tensor, replica: Replica, seed: tf.Tensor, memory: Memory) -> Keys:
     """Shuffles within the replica; the layers normalise groups of its batch by themselves (the authors' Colab)."""
     n = x_k.shape[0]
-    perm = permutation(seed, n)
-    return _encode_in_place(f_k, tf.gather(x_k, perm), replica.index * n + perm, replica, memory)
+    with tf.name_scope("key_shuffle"):
+        perm = permutation(seed, n)
+        shuffled = tf.gather(x_k, perm)
+    return _encode_in_place(f_k, shuffled, replica.index * n + perm, replica, memory)
 
 
 def in_order(f_k: KeyEncoder, x_k: tf.Tensor, replica: Replica, seed: tf.Tensor, memory: Memory) -> Keys:
@@ -205,9 +210,14 @@ def ring_size(config: KeyBnConfig) -> int:
 
 def _encode_in_place(f_k: KeyEncoder, x: tf.Tensor, places: tf.Tensor, replica: Replica, memory: Memory) -> Keys:
     """Encodes rows that belong to the given places of the global batch, and brings all keys to all replicas."""
-    k, stats = f_k(x, memory.key)
-    everyone = gather(replica, k, places)
-    return Keys(own_rows(replica, everyone), everyone, mean(replica, stats), memory.ring)
+    with tf.name_scope("key_encoder"):
+        k, stats = f_k(x, memory.key)
+    with tf.name_scope("key_return"):
+        everyone = gather(replica, k, places)
+        own = own_rows(replica, everyone)
+    with tf.name_scope("statistics"):
+        stats = mean(replica, stats)
+    return Keys(own, everyone, stats, memory.ring)
 
 
 def _exchange(rows: tf.Tensor, replica: Replica) -> tf.Tensor:

@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pipeline import console
-from pipeline.bench import _torch_env
+from pipeline import console, side_env
 from pipeline.bench._comparison import TORCH_PROGRAM, Settings, make_driver, make_moco, make_model
 from pipeline.bench._worker import ROOT, THREADS, Worker
 
@@ -58,7 +57,7 @@ def measure() -> Mapping[str, float]:
     Raises:
         UserError: PyTorch's environment cannot be made.
     """
-    python = _torch_env.python_with_torch()
+    python = side_env.TORCH.python()
     with tempfile.TemporaryDirectory() as work:
         (Path(work) / "settings.json").write_text(_SETTINGS.to_json())
         with Worker([sys.executable, "-m", "pipeline.bench.parity", work]) as worker:

@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline import console
-from pipeline.bench import _torch_env
+from pipeline import console, side_env
 from pipeline.bench._comparison import TORCH_PROGRAM, Settings, make_driver, make_model
 from pipeline.bench._worker import THREADS, Bystanders, Worker
 
@@ -47,7 +46,7 @@ def measure() -> Mapping[str, float]:
     Raises:
         UserError: PyTorch's environment cannot be made.
     """
-    python = _torch_env.python_with_torch()
+    python = side_env.TORCH.python()
     figures: dict[str, float] = {}
     for precision, width in rows(Path("/proc/cpuinfo").read_text()):
         row = _measure_row(python, Settings(width, precision, _BATCH, groups=1))
