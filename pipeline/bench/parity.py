@@ -16,7 +16,8 @@ import numpy as np
 
 from pipeline import console, side_env
 from pipeline.bench._comparison import TORCH_PROGRAM, Settings, make_driver, make_moco, make_model
-from pipeline.bench._worker import ROOT, THREADS, Worker
+from pipeline.bench._worker import THREADS, started
+from pipeline.worker import ROOT
 
 if TYPE_CHECKING:
     import keras
@@ -60,9 +61,9 @@ def measure() -> Mapping[str, float]:
     python = side_env.TORCH.python()
     with tempfile.TemporaryDirectory() as work:
         (Path(work) / "settings.json").write_text(_SETTINGS.to_json())
-        with Worker([sys.executable, "-m", "pipeline.bench.parity", work]) as worker:
+        with started([sys.executable, "-m", "pipeline.bench.parity", work]) as worker:
             ours = [worker.ask(precision) for precision in _PRECISIONS]
-        with Worker([python, "-I", TORCH_PROGRAM, "parity", work, str(THREADS)]) as worker:
+        with started([python, "-I", TORCH_PROGRAM, "parity", work, str(THREADS)]) as worker:
             theirs = [worker.ask(precision) for precision in _PRECISIONS]
     return compare(ours, theirs)
 

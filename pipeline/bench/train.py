@@ -15,7 +15,8 @@ import numpy as np
 
 from pipeline import console, side_env
 from pipeline.bench._comparison import TORCH_PROGRAM, Settings, make_driver, make_model
-from pipeline.bench._worker import THREADS, Bystanders, Worker
+from pipeline.bench._worker import THREADS, Bystanders, started
+from pipeline.worker import Worker
 
 if TYPE_CHECKING:
     import keras
@@ -71,10 +72,10 @@ def rows(cpuinfo: str) -> Sequence[tuple[str, int]]:
 
 
 def _measure_row(python: Path, settings: Settings) -> dict[str, float]:
-    with Worker([sys.executable, "-m", "pipeline.bench.train", settings.to_json()]) as ours:
+    with started([sys.executable, "-m", "pipeline.bench.train", settings.to_json()]) as ours:
         steps = _steps_a_round(ours)
         # Only now, so that neither starts while the other is timed.
-        with Worker([python, "-I", TORCH_PROGRAM, "speed", settings.to_json(), str(THREADS)]) as theirs:
+        with started([python, "-I", TORCH_PROGRAM, "speed", settings.to_json(), str(THREADS)]) as theirs:
             sides = ((ours, steps), (theirs, _steps_a_round(theirs)))
             others = Bystanders((ours, theirs))
             rounds = [[n * settings.batch / _seconds(side, n) for side, n in sides] for _ in range(_ROUNDS)]

@@ -9,8 +9,9 @@ import tensorflow as tf
 
 from pipeline.bench import parity
 from pipeline.bench._comparison import Settings
-from pipeline.bench._worker import Bystanders, Worker
+from pipeline.bench._worker import Bystanders
 from pipeline.bench.train import activation_bytes, rows
+from pipeline.worker import Worker
 from trainer_module.batch_norm import FusedBatchNormalization
 from trainer_module.moco import initial_state
 

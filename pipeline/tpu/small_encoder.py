@@ -1,0 +1,13 @@
+"""A small residual encoder that compiles in seconds: what budgets and the proof of the lowered step are made with."""
+
+import keras
+
+
+def two_convolutions(input_shape: tuple[int, int, int]) -> keras.Model:
+    """conv3x3 / 2 -> BN -> ReLU -> residual (conv3x3 -> BN) -> ReLU, 6 channels: [N, H, W, 3] -> [N, H / 2, W / 2, 6]."""
+    image = keras.Input(input_shape)
+    x = keras.layers.Conv2D(6, 3, strides=2, use_bias=False)(keras.layers.ZeroPadding2D(1)(image))
+    x = keras.layers.ReLU()(keras.layers.BatchNormalization(momentum=0.9, epsilon=1e-5)(x))
+    y = keras.layers.Conv2D(6, 3, padding="same", use_bias=False)(x)
+    y = keras.layers.BatchNormalization(momentum=0.9, epsilon=1e-5)(y)
+    return keras.Model(image, keras.layers.ReLU()(keras.layers.Add()([x, y])))
