@@ -41,9 +41,11 @@ class Worker:
         )
 
     def __enter__(self) -> "Worker":
+        """Itself."""
         return self
 
     def __exit__(self, *_: object) -> None:
+        """Ends the process."""
         self.close()
 
     def close(self) -> None:

@@ -1,7 +1,7 @@
 """Runs in .venv-tpu-lower: lowers the steps that it is asked for.
 
-A question is {"request": text of a trainer_module.lowering.Request, "to": FILE}; the program goes to FILE, the answer is
-its manifest and the seconds that it took.
+A question is {"request": text of a trainer_module.lowering.Request, "to": FILE}; the program goes to FILE, the answer
+is its manifest and the seconds that it took.
 """
 
 import time

@@ -64,6 +64,7 @@ class Topology:
     shape: str
 
     def __str__(self) -> str:
+        """As it is typed: "v5e:2x4"."""
         return f"{self.chip.name}:{self.shape}"
 
     @property

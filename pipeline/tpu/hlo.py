@@ -1,7 +1,7 @@
 """What XLA's text of a program says of its traffic: collectives, and bytes by part of the algorithm.
 
-A part is the outermost name scope of trainer_module.moco that an operation was traced in. It needs no library, so that it
-runs in any of the environments.
+A part is the outermost name scope of trainer_module.moco that an operation was traced in. It needs no library, so that
+it runs in any of the environments.
 """
 
 import collections
@@ -225,8 +225,8 @@ def _received_share(kind: str, cores: int) -> float:
 def bytes_by_part(compiled: str, *, hbm_only: bool = False) -> Mapping[str, int]:
     """Bytes that the operations of each part read and write, by our own count.
 
-    The tiles' padding is not counted, nor what loops repeat. So the sum is not exactly XLA's "bytes accessed", but shows
-    where they come from. Moves that name no part belong to the one that uses them.
+    The tiles' padding is not counted, nor what loops repeat. So the sum is not exactly XLA's "bytes accessed", but
+    shows where they come from. Moves that name no part belong to the one that uses them.
 
     Args:
         compiled: text of the program.

@@ -4,7 +4,7 @@ import keras
 
 
 def two_convolutions(input_shape: tuple[int, int, int]) -> keras.Model:
-    """conv3x3 / 2 -> BN -> ReLU -> residual (conv3x3 -> BN) -> ReLU, 6 channels: [N, H, W, 3] -> [N, H / 2, W / 2, 6]."""
+    """conv3x3 / 2 -> BN -> ReLU -> residual (conv3x3 -> BN) -> ReLU: [N, H, W, 3] -> [N, H / 2, W / 2, 6]."""
     image = keras.Input(input_shape)
     x = keras.layers.Conv2D(6, 3, strides=2, use_bias=False)(keras.layers.ZeroPadding2D(1)(image))
     x = keras.layers.ReLU()(keras.layers.BatchNormalization(momentum=0.9, epsilon=1e-5)(x))

@@ -1,0 +1,247 @@
+"""`./moco tpu-report`: whether a step compiles for a TPU, fits, and what bounds it, from the real compiler."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pipeline import console
+from pipeline.config import Config
+from pipeline.tpu.analysis import Compiled, Compiler, Refused, Request, request_for, step_of_batch
+from pipeline.tpu.chips import Topology
+from pipeline.tpu.fit import Fit, largest_batch
+from pipeline.tpu.hlo import PARTS
+from trainer_module.errors import UserError
+
+_GIB, _MB = 2**30, 1e6
+
+
+@dataclasses.dataclass(frozen=True)
+class Roofline:
+    """Seconds that a step takes at the least, by the chip's published peaks, if each were all there is to do.
+
+    Attributes:
+        compute: the operations, at the peak for bfloat16.
+        memory: XLA's bytes accessed, through HBM, so that what stays on the chip counts as if it did not.
+        interconnect: the bytes received, over all links of a chip at once.
+    """
+
+    compute: float
+    memory: float
+    interconnect: float
+
+    @property
+    def bound(self) -> str:
+        """Which is the longest: "compute", "memory" or "interconnect"."""
+        return max(vars(self), key=vars(self).__getitem__)
+
+    @property
+    def seconds(self) -> float:
+        """Of the longest, as if the others were hidden behind it."""
+        return max(vars(self).values())
+
+
+def roofline(compiled: Compiled, topology: Topology) -> Roofline:
+    """The roofline of one step on one core."""
+    chip = topology.chip
+    return Roofline(
+        compiled.flops / chip.flops,
+        compiled.bytes_accessed / chip.hbm_bandwidth,
+        sum(c.received for c in compiled.collectives) / chip.ici_bandwidth,
+    )
+
+
+def run(
+    config: Config, topologies: Sequence[Topology], batch_per_core: int | None, fit: bool, json_file: str | None
+) -> bool:
+    """Prints the report, and writes it as JSON if asked.
+
+    Args:
+        config: the experiment.
+        topologies: the slices.
+        batch_per_core: in place of train.global_batch.
+        fit: whether to search for the largest batch.
+        json_file: where to write {"name": …, "reports": [one for each slice]}.
+
+    Returns:
+        Whether the step compiled for every slice.
+
+    Raises:
+        UserError: the configuration is not one for such a slice; an environment cannot be made; no such folder.
+    """
+    requests = [(request_for(config, topology, batch_per_core), topology) for topology in topologies]
+    check_file(json_file)
+    reports = []
+    with Compiler() as compiler:
+        for request, topology in requests:
+            result = compiler.compile(request, topology)
+            found = _fit(compiler, request, topology) if fit else None
+            for text in _lines(config, request, topology, result, found):
+                console.line(text)
+            reports.append(as_json(request, topology, result, found))
+    if json_file:
+        _write(Path(json_file), {"name": config.name, "reports": reports})
+    return all(report["compiles"] for report in reports)
+
+
+def check_file(json_file: str | None) -> None:
+    """Refuses a place that cannot be written to before anything is computed."""
+    if json_file and not Path(json_file).absolute().parent.is_dir():
+        raise UserError(f"--json {json_file}: the folder {Path(json_file).parent} does not exist; make it first")
+    if json_file and Path(json_file).is_dir():
+        raise UserError(f"--json {json_file}: is a folder; name a file, e.g. --json {Path(json_file) / 'report.json'}")
+
+
+def _fit(compiler: Compiler, request: Request, topology: Topology) -> Fit:
+    def compile_for(batch: int) -> Compiled | Refused:
+        train = dataclasses.replace(request.train, global_batch=batch * request.replicas)
+        return compiler.compile(dataclasses.replace(request, train=train), topology)
+
+    highest = request.train.queue // request.replicas
+    return largest_batch(compile_for, request.batch_per_core, step_of_batch(request), highest, topology.chip.hbm_bytes)
+
+
+# In words.
+
+
+def verdict(result: Compiled | Refused, request: Request, topology: Topology) -> str:
+    """One line: whether it fits, what bounds it, what the key shuffle moves."""
+    has = topology.chip.hbm_bytes
+    if isinstance(result, Refused):
+        if result.needed:
+            needed, available = result.needed / _GIB, result.available / _GIB
+            return (
+                f"does not fit: needs {needed:.1f} GiB a core and the compiler has {available:.1f} of {has / _GIB:.0f}"
+            )
+        return f"does not compile: {result.reason}"
+    line = roofline(result, topology)
+    rate = request.batch_per_core / line.seconds
+    return (
+        f"fits: {result.memory.total / _GIB:.1f} of {has / _GIB:.0f} GiB; {line.bound}-bound: at most {rate:,.0f} "
+        f"images/s a chip; {_shuffle(result, request)}"
+    )
+
+
+def _shuffle(result: Compiled, request: Request) -> str:
+    moved = sum(c.received for c in result.collectives if c.part == "key_shuffle")
+    if moved:
+        return f"the key shuffle brings each core {_size(moved)} a step"
+    return f"no key shuffle between cores (key_bn.mode={request.train.key_bn.mode.name})"
+
+
+def _size(count: float) -> str:
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count:.0f} bytes"
+
+
+def _lines(
+    config: Config, request: Request, topology: Topology, result: Compiled | Refused, fit: Fit | None
+) -> Iterator[str]:
+    train = request.train
+    yield (
+        f"{topology}: {request.encoder.name}, {request.size} px, {request.batch_per_core} images on each of "
+        f"{request.replicas} cores, {train.precision.name}, K {train.queue:,}, key BN {train.key_bn.mode.name}"
+    )
+    yield f"  {verdict(result, request, topology)}"
+    if isinstance(result, Compiled):
+        yield from _tables(result, topology)
+    elif result.said:
+        yield f"  the compiler: {result.said.partition(chr(10))[0][:300]}"
+    if fit:
+        yield f"  {fit.words()}"
+
+
+def _tables(result: Compiled, topology: Topology) -> Iterator[str]:
+    line = roofline(result, topology)
+    versions = ", ".join(f"{name} {version}" for name, version in result.versions.items() if name != "jaxlib")
+    rows = [
+        ("HBM of a core", "MB"),
+        *((name, f"{size / _MB:,.1f}") for name, size in hbm_parts(result).items()),
+        ("in all", f"{result.memory.total / _MB:,.1f}"),
+    ]
+    roof = [
+        ("a step at the least", "ms"),
+        (f"compute, {result.flops:.3g} FLOPs", f"{line.compute * 1e3:,.2f}"),
+        (f"memory, {_size(result.bytes_accessed)} accessed", f"{line.memory * 1e3:,.2f}"),
+        (f"interconnect, {_size(sum(c.received for c in result.collectives))}", f"{line.interconnect * 1e3:,.2f}"),
+        ("", ""),
+        ("bytes accessed by", "share"),
+        *_shares(result.bytes_by_part),
+    ]
+    for index in range(max(len(rows), len(roof))):
+        left, right = ((column[index] if index < len(column) else ("", "")) for column in (rows, roof))
+        yield f"  {left[0]:<22}{left[1]:>12}    {right[0]:<32}{right[1]:>12}".rstrip()
+    yield f"  {'exchanged between the cores':<62}{'kind':<20}{'received':>10}"
+    for c in result.collectives:
+        yield f"  {PARTS[c.part] + ' (' + c.part + ')':<62}{c.kind:<20}{_size(c.received):>10}"
+    yield f"  compiled in {result.seconds:,.0f} s by {versions}"
+
+
+def hbm_parts(result: Compiled) -> dict[str, int]:
+    """Bytes of HBM by what they are for; what the tiles' padding adds to the arguments has a line of its own."""
+    memory, named = result.memory, sum(result.parts.values())
+    return {
+        **result.parts,
+        "padding of these": max(0, memory.arguments - named),
+        "results not in place": memory.results,
+        "activations, buffers": memory.temporaries,
+        "program": memory.code,
+    }
+
+
+def _shares(parts: Mapping[str, int], shown: int = 6) -> Iterator[tuple[str, str]]:
+    total = sum(parts.values()) or 1
+    largest = sorted(parts.items(), key=lambda item: -item[1])
+    for name, count in largest[:shown]:
+        yield name, f"{count / total:.0%}"
+
+
+# As JSON.
+
+
+def as_json(request: Request, topology: Topology, result: Compiled | Refused, fit: Fit | None) -> dict[str, Any]:
+    """One slice's report; bytes, seconds, and images per second."""
+    chip = topology.chip
+    about = {
+        "topology": str(topology),
+        "cores": request.replicas,
+        "batch_per_core": request.batch_per_core,
+        "encoder": request.encoder.name,
+        "size": request.size,
+        "queue": request.train.queue,
+        "precision": request.train.precision.name,
+        "key_bn": request.train.key_bn.mode.name,
+        "chip": {name: value for name, value in vars(chip).items() if isinstance(value, int | float)},
+        "words": verdict(result, request, topology),
+        "fit": fit and fit.as_json(),
+    }
+    if isinstance(result, Refused):
+        return {**about, "compiles": False, **vars(result)}
+    line = roofline(result, topology)
+    return {
+        **about,
+        "compiles": True,
+        "hbm": {"total": result.memory.total, "has": chip.hbm_bytes, "parts": hbm_parts(result)},
+        "flops": result.flops,
+        "bytes_accessed": result.bytes_accessed,
+        "bytes_by_part": result.bytes_by_part,
+        "hbm_bytes_by_part": result.hbm_bytes_by_part,
+        "collectives": [vars(c) for c in result.collectives],
+        "roofline": {
+            **vars(line),
+            "bound": line.bound,
+            "images_per_second_per_chip": request.batch_per_core / line.seconds,
+        },
+        "versions": result.versions,
+        "compile_seconds": result.seconds,
+    }
+
+
+def _write(path: Path, value: Any) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    temporary.replace(path)
