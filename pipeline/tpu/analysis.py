@@ -1,7 +1,7 @@
 """From a configuration and a slice of chips to what the real compiler says of the step; results are kept.
 
-A lowered program has the same meaning but not the same bytes each time it is made, so results are kept under the hash of
-what decides it: the request, the sources that lower and compile, and the pinned packages.
+A lowered program has the same meaning but not the same bytes each time it is made, so results are kept under the hash
+of what decides it: the request, the sources that lower and compile, and the pinned packages.
 """
 
 import contextlib

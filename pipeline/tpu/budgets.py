@@ -124,11 +124,9 @@ def check() -> list[str]:
     found = breaches(budget["programs"], figures)
     for line in found:
         console.line(line)
-    console.line(
-        f"{len(found)} budgets of {FILE.relative_to(ROOT)} are exceeded; if that is meant: ./moco tpu-report --write-budgets"
-        if found
-        else f"{len(figures)} programs are within their budgets"
-    )
+    meant = "if that was meant: ./moco tpu-report --write-budgets"
+    exceeded = f"{len(found)} budgets of {FILE.relative_to(ROOT)} are exceeded; {meant}"
+    console.line(exceeded if found else f"{len(figures)} programs are within their budgets")
     return found
 
 

@@ -78,7 +78,7 @@ def run(
         for request, topology in requests:
             result = compiler.compile(request, topology)
             found = _fit(compiler, request, topology) if fit else None
-            for text in _lines(config, request, topology, result, found):
+            for text in _lines(request, topology, result, found):
                 console.line(text)
             reports.append(as_json(request, topology, result, found))
     if json_file:
@@ -138,9 +138,7 @@ def _size(count: float) -> str:
     return f"{count:.0f} bytes"
 
 
-def _lines(
-    config: Config, request: Request, topology: Topology, result: Compiled | Refused, fit: Fit | None
-) -> Iterator[str]:
+def _lines(request: Request, topology: Topology, result: Compiled | Refused, fit: Fit | None) -> Iterator[str]:
     train = request.train
     yield (
         f"{topology}: {request.encoder.name}, {request.size} px, {request.batch_per_core} images on each of "
