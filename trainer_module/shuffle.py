@@ -68,11 +68,8 @@ class KeyEncoding(Protocol):
 
 
 def permutation(seed: tf.Tensor, size: int) -> tf.Tensor:
-    """int32[size]: a uniform permutation, the same wherever the seed is the same, with no traffic.
-
-    An argsort of stateless uniform numbers, since tf.random.shuffle has no TPU kernel.
-    """
-    return tf.argsort(tf.random.stateless_uniform([size], seed, alg="philox"), stable=True)
+    """int32[size]: a uniform permutation, the same wherever the seed is the same, with no traffic."""
+    return _permutations(seed, [size])
 
 
 def cross_replica_sum(f_k: KeyEncoder, x_k: tf.Tensor, replica: Replica, seed: tf.Tensor, memory: Memory) -> Keys:
@@ -94,7 +91,7 @@ def all_to_all(f_k: KeyEncoder, x_k: tf.Tensor, replica: Replica, seed: tf.Tenso
     """
     n, count = x_k.shape[0], replica.count
     with tf.name_scope("key_shuffle"):
-        orders = tf.argsort(tf.random.stateless_uniform([2, count, n], seed, alg="philox"), stable=True)
+        orders = _permutations(seed, [2, count, n])
         leaving, arriving = orders[0], tf.gather(orders[1], replica.index)  # Rxn of all replicas, n of this one
         sent = tf.gather(x_k, tf.gather(leaving, replica.index))
         received = tf.gather(_exchange(sent, replica), arriving)
@@ -206,6 +203,16 @@ def key_encoding(mode: KeyBnMode, *, m: float = 0.999, hosts: int = 1) -> KeyEnc
 def ring_size(config: KeyBnConfig) -> int:
     """Key batches whose statistics are kept."""
     return config.ring if config.mode is KeyBnMode.stored else 0
+
+
+def _permutations(seed: tf.Tensor, shape: list[int]) -> tf.Tensor:
+    """int32[shape]: a uniform permutation along the last axis, by argsort, as tf.random.shuffle has no TPU kernel.
+
+    Of random bits, not of uniform floats: XLA makes other floats of the same bits than TensorFlow's CPU kernels do, and
+    in the mode `host` the one shuffles and the other undoes it.
+    """
+    bits = tf.random.stateless_uniform(shape, seed, None, None, tf.int32, alg="philox")
+    return tf.argsort(bits, stable=True)
 
 
 def _encode_in_place(f_k: KeyEncoder, x: tf.Tensor, places: tf.Tensor, replica: Replica, memory: Memory) -> Keys:
