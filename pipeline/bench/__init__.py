@@ -1,7 +1,8 @@
 """Benchmarks: each module of this package measures one thing and holds `measure() -> Mapping[str, float]`.
 
-One that draws, or takes so long that it must be able to go on, takes the folder for that: `measure(out)`. A figure's name says its unit ("images_per_second", "peak_mib"). The first line of a module's docstring is its entry
-in `./moco bench --help`.
+One that draws, or takes so long that it must be able to go on, takes the folder for that: `measure(out)`. A figure's
+name says its unit ("images_per_second", "peak_mib"). The first line of a module's docstring is its entry in
+`./moco bench --help`.
 """
 
 import ast
@@ -38,7 +39,7 @@ def run(name: str, json_file: str | None, out: str | None = None) -> None:
         raise UserError(f"--json {json_file}: is a folder; name a file, e.g. --json {Path(json_file) / 'figures.json'}")
     measure = importlib.import_module(f"{__name__}.{name}").measure
     if out and "out" not in inspect.signature(measure).parameters:
-        raise UserError(f"--out {out}: the benchmark {name} only prints figures; leave it out, or write them with --json")
+        raise UserError(f"--out {out}: the benchmark {name} only prints figures; leave --out away, or take --json")
     figures = dict(measure(out) if out else measure())
     for figure, value in figures.items():
         console.line(f"{figure:<44} {value:>14,.3f}")

@@ -96,12 +96,12 @@ def measure(out: str | None = None) -> Mapping[str, float]:
     folder = Path(out or tempfile.mkdtemp(prefix="moco-leak-"))
     folder.mkdir(parents=True, exist_ok=True)
     scale = Scale()
-    curves = _load(folder / "curves.json", scale)
+    curves = load(folder / "curves.json", scale)
     data = make_data(scale)
     for mode in MODES:
         if mode not in curves:
             curves[mode] = train_mode(KeyBnMode[mode], scale, data)
-            _write(folder / "curves.json", {"scale": dataclasses.asdict(scale), "curves": curves})
+            save(folder / "curves.json", scale, curves)
     draw(curves, folder / "leak.png")
     console.line(f"curves and picture: {folder}")
     return table(curves)
@@ -257,14 +257,16 @@ def draw(curves: Mapping[str, list[list[Point]]], path: Path) -> None:
     FigureCanvasAgg(figure).print_png(str(path))
 
 
-def _load(path: Path, scale: Scale) -> dict[str, list[list[Point]]]:
+def load(path: Path, scale: Scale) -> dict[str, list[list[Point]]]:
+    """The curves that `save` wrote; none if there are none, or of another scale."""
     if not path.exists():
         return {}
     kept = json.loads(path.read_text(encoding="utf-8"))
     return kept["curves"] if kept["scale"] == dataclasses.asdict(scale) else {}
 
 
-def _write(path: Path, content: object) -> None:
+def save(path: Path, scale: Scale, curves: Mapping[str, list[list[Point]]]) -> None:
+    """Writes the curves of the modes that are finished, whole or not at all."""
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    temporary.write_text(json.dumps({"scale": dataclasses.asdict(scale), "curves": curves}, indent=1), encoding="utf-8")
     temporary.replace(path)
