@@ -268,6 +268,7 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     parser.epilog = f"example:\n  ./moco bench {next(iter(names), 'NAME')} --json figures.json"
     parser.add_argument("name", metavar="NAME", help=", ".join(names))
     parser.add_argument("--json", metavar="FILE", help="also write the figures there")
+    parser.add_argument("--out", metavar="DIR", help="folder for pictures, and to go on from if interrupted (leak)")
     _add_talk(parser)
 
 
@@ -409,7 +410,7 @@ def _bench(options: argparse.Namespace) -> int:
     console.quiet(options.verbose)
     console.prefer_onednn()
     with console.progress_shown():
-        bench.run(options.name, options.json)
+        bench.run(options.name, options.json, options.out)
     return DONE
 
 

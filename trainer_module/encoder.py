@@ -81,8 +81,8 @@ class _Layers:
 
     def conv(self, x: keras.KerasTensor, filters: int, kernel: int, stride: int, name: str) -> keras.KerasTensor:
         if stride > 1 and kernel > 1:
-            # "same" would pad a strided convolution on one side only; torchvision pads both.
-            x = keras.layers.ZeroPadding2D(kernel // 2, name=name + ".pad", dtype=self.dtype)(x)
+            # "same" would pad a strided convolution at the end first; torchvision pads both sides alike.
+            x = keras.layers.ZeroPadding2D(_padding(x, kernel, stride), name=name + ".pad", dtype=self.dtype)(x)
         return keras.layers.Conv2D(
             filters,
             kernel,
@@ -129,9 +129,20 @@ def _stem(layers: _Layers, image: keras.KerasTensor, config: EncoderConfig) -> k
     x = layers.relu(layers.norm(x, "bn1"), "relu")
     if config.stem is Stem.imagenet:
         # Zeros are safe padding for the maximum, since the activations are not negative.
-        x = keras.layers.ZeroPadding2D(1, name="maxpool.pad", dtype=layers.dtype)(x)
+        x = keras.layers.ZeroPadding2D(_padding(x, 3, 2), name="maxpool.pad", dtype=layers.dtype)(x)
         x = keras.layers.MaxPooling2D(3, strides=2, name="maxpool", dtype=layers.dtype)(x)
     return x
+
+
+def _padding(x: keras.KerasTensor, kernel: int, stride: int) -> tuple[tuple[int, int], ...]:
+    """Zeros before and after rows and columns: as kernel // 2 on all sides, but for those that no window reaches."""
+    half = kernel // 2
+
+    def after(size: int) -> int:
+        windows = (size + 2 * half - kernel) // stride + 1
+        return max((windows - 1) * stride + kernel - half - size, 0)
+
+    return tuple((half, after(size)) for size in x.shape[1:3])
 
 
 def _basic(layers: _Layers, x: keras.KerasTensor, filters: int, stride: int, name: str) -> keras.KerasTensor:

@@ -2,7 +2,8 @@
 
 import contextlib
 import contextvars
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import tensorflow as tf
@@ -66,8 +67,13 @@ class ContextReplica:
         return tf.convert_to_tensor(self._context.replica_id_in_sync_group, tf.int32)
 
     def sum(self, tree: Any) -> Any:
-        """Sums over the replicas by ReplicaContext.all_reduce."""
-        return self._context.all_reduce(tf.distribute.ReduceOp.SUM, tree) if self.count > 1 else tree
+        """Sums over the replicas by ReplicaContext.all_reduce, all tensors of a type at once.
+
+        A reduction between logical devices costs a copy to and from each of them, whatever its size.
+        """
+        if self.count == 1:
+            return tree
+        return _packed(functools.partial(self._context.all_reduce, tf.distribute.ReduceOp.SUM), tree)
 
     def all_to_all(self, blocks: tf.Tensor) -> tf.Tensor:
         """Exchanges blocks by a sum of buffers that are zero elsewhere, since tf.distribute has no exchange."""
@@ -118,6 +124,18 @@ def current_replica(strategy: tf.distribute.Strategy) -> Replica:
 def mean(replica: Replica, tree: Any) -> Any:
     """Averages every tensor of a nest over the replicas."""
     return tf.nest.map_structure(lambda x: x / tf.cast(replica.count, x.dtype), replica.sum(tree))
+
+
+def _packed(add: Callable[[tf.Tensor], tf.Tensor], tree: Any) -> Any:
+    """Applies an element-wise sum to the tensors of a nest, those of one type joined into one."""
+    tensors = [tf.convert_to_tensor(x) for x in tf.nest.flatten(tree)]
+    sums: dict[int, tf.Tensor] = {}
+    for dtype in dict.fromkeys(x.dtype for x in tensors):
+        at = [i for i, x in enumerate(tensors) if x.dtype == dtype]
+        joined = add(tf.concat([tf.reshape(tensors[i], [-1]) for i in at], 0))
+        parts = tf.split(joined, [tensors[i].shape.num_elements() for i in at])
+        sums |= {i: tf.reshape(part, tensors[i].shape) for i, part in zip(at, parts, strict=True)}
+    return tf.nest.pack_sequence_as(tree, [sums[i] for i in range(len(tensors))])
 
 
 def gather(replica: Replica, rows: tf.Tensor, positions: tf.Tensor) -> tf.Tensor:

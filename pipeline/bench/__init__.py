@@ -1,11 +1,13 @@
 """Benchmarks: each module of this package measures one thing and holds `measure() -> Mapping[str, float]`.
 
-A figure's name says its unit ("images_per_second", "peak_mib"). The first line of a module's docstring is its entry
-in `./moco bench --help`.
+One that draws, or takes so long that it must be able to go on, takes the folder for that: `measure(out)`. A figure's
+name says its unit ("images_per_second", "peak_mib"). The first line of a module's docstring is its entry in
+`./moco bench --help`.
 """
 
 import ast
 import importlib
+import inspect
 import json
 import os
 from pathlib import Path
@@ -20,21 +22,25 @@ def available() -> dict[str, str]:
     return {path.stem: _summary(path) for path in modules}
 
 
-def run(name: str, json_file: str | None) -> None:
+def run(name: str, json_file: str | None, out: str | None = None) -> None:
     """Runs one benchmark, prints its figures and writes them as JSON if asked.
 
     Args:
         name: one of `available()`.
         json_file: where to write {"benchmark": name, "figures": {figure: value}}.
+        out: folder for what it draws and what it goes on from.
 
     Raises:
-        UserError: the folder of `json_file` is missing.
+        UserError: the folder of `json_file` is missing, or the benchmark needs no `out`.
     """
     if json_file and not Path(json_file).absolute().parent.is_dir():
         raise UserError(f"--json {json_file}: the folder {Path(json_file).parent} does not exist; make it first")
     if json_file and Path(json_file).is_dir():
         raise UserError(f"--json {json_file}: is a folder; name a file, e.g. --json {Path(json_file) / 'figures.json'}")
-    figures = dict(importlib.import_module(f"{__name__}.{name}").measure())
+    measure = importlib.import_module(f"{__name__}.{name}").measure
+    if out and "out" not in inspect.signature(measure).parameters:
+        raise UserError(f"--out {out}: the benchmark {name} only prints figures; leave --out away, or take --json")
+    figures = dict(measure(out) if out else measure())
     for figure, value in figures.items():
         console.line(f"{figure:<44} {value:>14,.3f}")
     if json_file:

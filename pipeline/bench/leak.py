@@ -1,8 +1,8 @@
 """What each key-BN mode does on the sample images: pretext top-1 and kNN over time, as a table and a picture (R = 8).
 
 Without shuffling, a query and its positive are normalised with the same images, whose statistics betray the positive:
-pretext accuracy rises and kNN does not follow. Takes about half an hour; what is finished is kept in --out, and the
-same command goes on from there.
+pretext accuracy rises and kNN does not follow. Takes more than an hour; the modes that are finished are kept in --out,
+and the same command goes on from there.
 """
 
 import dataclasses
@@ -53,10 +53,10 @@ class Scale:
     width: int = 8
     batch: int = 64
     queue: int = 512
-    epochs: int = 24
+    epochs: int = 30
     pairs: int = 6
-    every: int = 4
-    learning_rate: float = 0.06
+    every: int = 3
+    learning_rate: float = 0.03
     momentum: float = 0.99
     temperature: float = 0.1
 
@@ -96,16 +96,12 @@ def measure(out: str | None = None) -> Mapping[str, float]:
     folder = Path(out or tempfile.mkdtemp(prefix="moco-leak-"))
     folder.mkdir(parents=True, exist_ok=True)
     scale = Scale()
-    curves = _load(folder / "curves.json", scale)
+    curves = load(folder / "curves.json", scale)
     data = make_data(scale)
-    runs = [(mode, seed) for seed in SEEDS for mode in MODES]
-    for done, (mode, seed) in enumerate(runs):
-        progress.report("leak", done, len(runs), "trainings")
-        name = f"{mode}/{seed}"
-        if name not in curves:
-            curves[name] = train_one(KeyBnMode[mode], seed, scale, data)
-            _write(folder / "curves.json", {"scale": dataclasses.asdict(scale), "curves": curves})
-    progress.report("leak", len(runs), len(runs), "trainings")
+    for mode in MODES:
+        if mode not in curves:
+            curves[mode] = train_mode(KeyBnMode[mode], scale, data)
+            save(folder / "curves.json", scale, curves)
     draw(curves, folder / "leak.png")
     console.line(f"curves and picture: {folder}")
     return table(curves)
@@ -152,16 +148,21 @@ def make_data(scale: Scale) -> Data:
     return Data(views, centre(images[True]), np.array(labels[True]), centre(images[False]), np.array(labels[False]))
 
 
-def train_one(mode: KeyBnMode, seed: int, scale: Scale, data: Data) -> list[Point]:
-    """Trains one mode; `split` on one device with as many groups as the others have replicas."""
+def train_mode(mode: KeyBnMode, scale: Scale, data: Data) -> list[list[Point]]:
+    """Trains one mode with each seed; `split` on one device with as many groups as the others have replicas.
 
+    A seed decides the weights, the queue and the order of the images. The loop is compiled once for all of them, and so
+    the permutations are those of the first.
+
+    Returns:
+        A curve for each seed.
+    """
     from trainer_module.build import build, first_state
-    from trainer_module.driver import Driver, learning_rate
+    from trainer_module.driver import Driver, learning_rate, named
     from trainer_module.strategy import make_strategy
 
-    replicas = 1 if mode is KeyBnMode.split else REPLICAS
     config = TrainConfig(
-        replicas=replicas,
+        replicas=1 if mode is KeyBnMode.split else REPLICAS,
         global_batch=scale.batch,
         epochs=scale.epochs,
         queue=scale.queue,
@@ -170,23 +171,30 @@ def train_one(mode: KeyBnMode, seed: int, scale: Scale, data: Data) -> list[Poin
         learning_rate=scale.learning_rate,
         key_bn=KeyBnConfig(mode, groups=REPLICAS),
     )
-    images = data.views.shape[1]
-    steps = images // scale.batch
-    mean, std = (tuple(map(float, f(data.bank, axis=(0, 1, 2)))) for f in (np.mean, np.std))
     encoder_config = EncoderConfig("resnet18", Stem.imagenet, scale.width, Head.v2, 64)
-    built = build(encoder_config, config, scale.size, mean, std, learning_rate(config, steps), seed)
-    strategy = make_strategy(replicas)
-    driver = Driver(built.moco, config, strategy, first_state(built.moco, config))
-    batches = iter(strategy.experimental_distribute_dataset(_batches(data, seed, scale)))
+    steps = data.views.shape[1] // scale.batch
+    mean, std = (tuple(map(float, f(data.bank, axis=(0, 1, 2)))) for f in (np.mean, np.std))
+    builds = [
+        build(encoder_config, config, scale.size, mean, std, learning_rate(config, steps), seed) for seed in SEEDS
+    ]
+    strategy = make_strategy(config.replicas)
+    driver = Driver(builds[0].moco, config, strategy)
     step = driver.compiled_step()
-    points = []
-    for epoch in range(1, scale.epochs + 1):
-        metrics = [step(batches) for _ in range(steps)]
-        if epoch % scale.every == 0 or epoch in (1, 2):
-            driver.copy_weights_to(built.encoder.model)
-            top1, loss = (float(np.mean([float(getattr(m, n)) for m in metrics])) for n in ("pretext_top1", "loss"))
-            points.append(Point(epoch, top1, loss, _knn(built.encoder.backbone, data, mean, std)))
-    return points
+    curves = []
+    for seed, built in zip(SEEDS, builds, strict=True):
+        driver.restore({name: np.asarray(tensor) for name, tensor in named(first_state(built.moco, config)).items()})
+        batches = iter(strategy.experimental_distribute_dataset(_batches(data, seed, scale)))
+        points = []
+        for epoch in range(1, scale.epochs + 1):
+            metrics = [step(batches) for _ in range(steps)]
+            if epoch % scale.every == 0 or epoch == 1:
+                driver.copy_weights_to(built.encoder.model)
+                top1, loss = (float(np.mean([float(getattr(m, n)) for m in metrics])) for n in ("pretext_top1", "loss"))
+                points.append(Point(epoch, top1, loss, _knn(built.encoder.backbone, data, mean, std)))
+            figures = {"pretext": points[-1].pretext_top1, "knn": points[-1].knn_top1}
+            progress.report(f"{mode.name}, seed {seed}", epoch, scale.epochs, "epochs", **figures)
+        curves.append(points)
+    return curves
 
 
 def _batches(data: Data, seed: int, scale: Scale) -> Any:
@@ -215,11 +223,11 @@ def _knn(backbone: Any, data: Data, mean: tuple[float, ...], std: tuple[float, .
     return knn_top1(bank, data.bank_labels, queries, data.query_labels, 20, 0.1)
 
 
-def table(curves: Mapping[str, list[Point]]) -> dict[str, float]:
+def table(curves: Mapping[str, list[list[Point]]]) -> dict[str, float]:
     """The end of each curve: mean over the seeds and half the range."""
     figures: dict[str, float] = {}
     for mode in MODES:
-        ends = [Point(*curves[f"{mode}/{seed}"][-1]) for seed in SEEDS]
+        ends = [Point(*curve[-1]) for curve in curves[mode]]
         for name in ("pretext_top1", "knn_top1"):
             values = [getattr(end, name) for end in ends]
             figures[f"{mode}_{name}"] = float(np.mean(values))
@@ -227,7 +235,7 @@ def table(curves: Mapping[str, list[Point]]) -> dict[str, float]:
     return figures
 
 
-def draw(curves: Mapping[str, list[Point]], path: Path) -> None:
+def draw(curves: Mapping[str, list[list[Point]]], path: Path) -> None:
     """Pretext top-1 and kNN over the epochs, a line for each mode, its range over the seeds shaded."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -237,7 +245,7 @@ def draw(curves: Mapping[str, list[Point]], path: Path) -> None:
         figure.subplots(1, 2), ("pretext_top1", "knn_top1"), ("pretext top-1", "kNN top-1 (k = 20)"), strict=True
     ):
         for number, mode in enumerate(MODES):
-            runs = [[Point(*point) for point in curves[f"{mode}/{seed}"]] for seed in SEEDS]
+            runs = [[Point(*point) for point in curve] for curve in curves[mode]]
             epochs = [point.epoch for point in runs[0]]
             values = np.array([[getattr(point, name) for point in run] for run in runs])
             axis.plot(epochs, values.mean(0), color=f"C{number}", label=mode, lw=2.4 if mode == "none" else 1.4)
@@ -249,14 +257,16 @@ def draw(curves: Mapping[str, list[Point]], path: Path) -> None:
     FigureCanvasAgg(figure).print_png(str(path))
 
 
-def _load(path: Path, scale: Scale) -> dict[str, list[Point]]:
+def load(path: Path, scale: Scale) -> dict[str, list[list[Point]]]:
+    """The curves that `save` wrote; none if there are none, or of another scale."""
     if not path.exists():
         return {}
     kept = json.loads(path.read_text(encoding="utf-8"))
     return kept["curves"] if kept["scale"] == dataclasses.asdict(scale) else {}
 
 
-def _write(path: Path, content: object) -> None:
+def save(path: Path, scale: Scale, curves: Mapping[str, list[list[Point]]]) -> None:
+    """Writes the curves of the modes that are finished, whole or not at all."""
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    temporary.write_text(json.dumps({"scale": dataclasses.asdict(scale), "curves": curves}, indent=1), encoding="utf-8")
     temporary.replace(path)

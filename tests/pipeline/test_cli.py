@@ -110,6 +110,7 @@ def test_help_and_refusals_import_nothing_heavy(arguments):
         (["demo", "extra"], ["demo takes no extra"]),
         (["embed", "--model", "a", "--images", "b", "--out", "c", "--batch", "z"], ["--batch", "'z'"]),
         (["bench", "nothing-like-it"], ["'nothing-like-it' is no benchmark", "Benchmarks: "]),
+        (["bench", "ingest", "--out", "somewhere"], ["--out somewhere", "ingest only prints figures"]),
         (["bench"], ["NAME", "./moco bench --help"]),
     ],
 )

@@ -1,0 +1,48 @@
+"""The leak experiment on a tiny scale: real trainings, a real table and picture."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipeline.bench import leak
+from trainer_module.config import KeyBnMode
+
+SCALE = leak.Scale(width=2, batch=16, queue=32, epochs=2, pairs=1, every=1)
+
+
+@pytest.fixture(scope="module")
+def curves():
+    draw = np.random.default_rng(0)
+    labels = np.arange(32) % 2
+    images = (draw.integers(0, 128, (32, 32, 32, 3)) + 100 * labels[:, None, None, None]).astype(np.uint8)
+    views = np.stack([images, images[:, ::-1]], 1)[None]
+    return leak.train_mode(KeyBnMode.split, SCALE, leak.Data(views, images, labels, images, labels))
+
+
+def test_every_seed_gives_a_curve_of_its_own_from_the_first_epoch_to_the_last(curves):
+    assert [[point.epoch for point in curve] for curve in curves] == [[1, 2]] * len(leak.SEEDS)
+    assert len({curve[0].loss for curve in curves}) == len(leak.SEEDS)
+    assert all(0 <= point.pretext_top1 <= 1 and 0 <= point.knn_top1 <= 1 for curve in curves for point in curve)
+
+
+def test_the_knn_tells_two_classes_of_brightness_apart(curves):
+    assert min(curve[-1].knn_top1 for curve in curves) > 0.9
+
+
+def test_finished_modes_are_gone_on_from_at_the_same_scale_only(curves, tmp_path):
+    path = tmp_path / "curves.json"
+    assert leak.load(path, SCALE) == {}
+    leak.save(path, SCALE, {"split": curves})
+    assert [[leak.Point(*point) for point in curve] for curve in leak.load(path, SCALE)["split"]] == curves
+    assert leak.load(path, leak.Scale()) == {}
+
+
+def test_the_table_has_means_and_half_ranges_and_the_picture_can_be_opened(curves, tmp_path):
+    all_modes = dict.fromkeys(leak.MODES, curves)
+    figures = leak.table(all_modes)
+    ends = [curve[-1].pretext_top1 for curve in curves]
+    assert figures["none_pretext_top1"] == pytest.approx(np.mean(ends))
+    assert figures["ema_pretext_top1_half_range"] == pytest.approx((max(ends) - min(ends)) / 2)
+    leak.draw(all_modes, tmp_path / "leak.png")
+    with Image.open(tmp_path / "leak.png") as picture:
+        assert min(picture.size) > 300
