@@ -35,6 +35,7 @@ from trainer_module.config import (
     StrategyKind,
     TrainConfig,
     Where,
+    is_power_of_two,
 )
 from trainer_module.errors import UserError
 
@@ -653,6 +654,11 @@ def _impossible_key_bn(train: TrainConfig) -> Iterator[str]:
         yield (
             f"train.key_bn.mode=all_to_all sends equal shares to {replicas} replicas, which train.global_batch="
             f"{train.global_batch} does not allow; e.g. train.global_batch={near}"
+        )
+    if mode is KeyBnMode.butterfly and (batch % 2 or not is_power_of_two(replicas)):
+        yield (
+            f"train.key_bn.mode=butterfly halves the batch of each of a power of two of replicas, not "
+            f"train.global_batch={train.global_batch} over {replicas}; e.g. train.key_bn.mode=auto"
         )
     if mode is KeyBnMode.split and batch % groups:
         near = max(divisor for divisor in range(1, groups + 1) if batch % divisor == 0)

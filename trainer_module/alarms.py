@@ -13,7 +13,7 @@ from trainer_module.errors import UserError
 
 # Modes of train.key_bn by name: those that leak by design, and those that shuffle over the replicas.
 _LEAKS = ("none", "sync")
-_NEEDS_REPLICAS = ("cross_replica_sum", "all_to_all", "host")
+_NEEDS_REPLICAS = ("cross_replica_sum", "all_to_all", "butterfly", "auto", "host")
 
 
 @dataclasses.dataclass(frozen=True)

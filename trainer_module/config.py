@@ -64,6 +64,8 @@ class KeyBnMode(enum.Enum):
 
     cross_replica_sum = "cross_replica_sum"  # a permutation of the global batch, moved by a sum over the replicas
     all_to_all = "all_to_all"  # random local order, equal shares to every replica, random local order
+    butterfly = "butterfly"  # log2(R) stages: random local order, half the rows change places with a partner's
+    auto = "auto"  # of these three the one with the least traffic, see trainer_module.shuffle.recommended
     host = "host"  # key views arrive shuffled among the replicas of their host
     stored = "stored"  # statistics of an earlier key batch
     ema = "ema"  # EMAN: the momentum average of the query's running statistics
@@ -265,6 +267,17 @@ class TrainConfig:
     keep_checkpoints: int = 2
     log_steps: int = 10
     watch: WatchConfig = WatchConfig()
+
+
+def share_unit(key_bn: KeyBnConfig, replicas: int) -> int:
+    """What the images of each replica must be a multiple of, for a mode that deals them out."""
+    units = {KeyBnMode.all_to_all: replicas, KeyBnMode.butterfly: 2, KeyBnMode.split: key_bn.groups}
+    return units.get(key_bn.mode, 1)
+
+
+def is_power_of_two(number: int) -> bool:
+    """Of replicas, the mode `butterfly` needs one."""
+    return number > 0 and number & (number - 1) == 0
 
 
 def is_operational(key: str) -> bool:

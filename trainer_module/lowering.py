@@ -14,6 +14,7 @@ from trainer_module.build import build, first_state
 from trainer_module.config import EncoderConfig, TrainConfig
 from trainer_module.driver import learning_rate, named
 from trainer_module.moco import Metrics, MoCo, State
+from trainer_module.replica import pairs
 
 # ImageNet's, whose numbers make no difference to what a step costs; the trainer measures its own images.
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
@@ -97,6 +98,10 @@ class LoweredReplica:
         if self.count == 1:
             return tree
         return tf.nest.map_structure(lambda x: tf.raw_ops.CrossReplicaSum(input=x, group_assignment=self._group), tree)
+
+    def sum_pair(self, x: tf.Tensor, distance: int) -> tf.Tensor:
+        """Sums over the two cores by CrossReplicaSum, as TpuReplica does."""
+        return tf.raw_ops.CrossReplicaSum(input=x, group_assignment=pairs(self.count, distance))
 
     def all_to_all(self, blocks: tf.Tensor) -> tf.Tensor:
         """Exchanges blocks by the TPU's own all-to-all, as TpuReplica does."""

@@ -23,6 +23,14 @@ class Replica(Protocol):
     def sum(self, tree: Any) -> Any:
         """Sums every tensor of a nest over the replicas; all replicas get the same result."""
 
+    def sum_pair(self, x: tf.Tensor, distance: int) -> tf.Tensor:
+        """Sums over this replica and the one whose id differs in the bit `distance`; both get the same result.
+
+        Args:
+            x: a type that sums exactly (float32, bfloat16, int32).
+            distance: a power of two below R, which must be one, too.
+        """
+
     def all_to_all(self, blocks: tf.Tensor) -> tf.Tensor:
         """Sends block j of [R, ...] to replica j; block j of the result came from replica j.
 
@@ -44,6 +52,14 @@ class SingleReplica:
     def sum(self, tree: Any) -> Any:
         """Returns the nest itself."""
         return tree
+
+    def sum_pair(self, x: tf.Tensor, distance: int) -> tf.Tensor:
+        """There is no partner.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(f"one replica has no partner at distance {distance} to sum {x} with")
 
     def all_to_all(self, blocks: tf.Tensor) -> tf.Tensor:
         """Returns the blocks themselves."""
@@ -75,6 +91,10 @@ class ContextReplica:
             return tree
         return _packed(functools.partial(self._context.all_reduce, tf.distribute.ReduceOp.SUM), tree)
 
+    def sum_pair(self, x: tf.Tensor, distance: int) -> tf.Tensor:
+        """Sums within all pairs at once, by a sum over all replicas, since tf.distribute has no other."""
+        return sum_pair_by_sum(self, x, distance)
+
     def all_to_all(self, blocks: tf.Tensor) -> tf.Tensor:
         """Exchanges blocks by a sum of buffers that are zero elsewhere, since tf.distribute has no exchange."""
         return exchange_by_sum(self, blocks)
@@ -86,6 +106,10 @@ class TpuReplica(ContextReplica):
     def sum(self, tree: Any) -> Any:
         """Sums over the cores by tpu.cross_replica_sum."""
         return tf.nest.map_structure(tf.compat.v1.tpu.cross_replica_sum, tree) if self.count > 1 else tree
+
+    def sum_pair(self, x: tf.Tensor, distance: int) -> tf.Tensor:
+        """Sums over the two cores by tpu.cross_replica_sum."""
+        return tf.compat.v1.tpu.cross_replica_sum(x, pairs(self.count, distance))
 
     def all_to_all(self, blocks: tf.Tensor) -> tf.Tensor:
         """Exchanges blocks by the TPU's own all-to-all."""
@@ -154,6 +178,22 @@ def gather(replica: Replica, rows: tf.Tensor, positions: tf.Tensor) -> tf.Tensor
     """
     total = replica.count * rows.shape[0]
     return replica.sum(tf.scatter_nd(positions[:, tf.newaxis], rows, [total, *rows.shape[1:]]))
+
+
+def pairs(count: int, distance: int) -> list[list[int]]:
+    """The pairs of replicas whose ids differ in the bit `distance`."""
+    return [[low, low | distance] for low in range(count) if not low & distance]
+
+
+def sum_pair_by_sum(replica: Replica, x: tf.Tensor, distance: int) -> tf.Tensor:
+    """sum_pair for replicas that can only sum over all: R / 2 times its traffic."""
+    pair_of = [0] * replica.count
+    for number, pair in enumerate(pairs(replica.count, distance)):
+        for member in pair:
+            pair_of[member] = number
+    own = tf.gather(tf.constant(pair_of), replica.index)
+    slots = tf.scatter_nd(tf.reshape(own, [1, 1]), x[tf.newaxis], [replica.count // 2, *x.shape])
+    return tf.gather(replica.sum(slots), own)
 
 
 def exchange_by_sum(replica: Replica, blocks: tf.Tensor) -> tf.Tensor:

@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 
 import tensorflow as tf
 
-from trainer_module.config import KeyBnConfig, KeyBnMode
+from trainer_module.config import KeyBnConfig, KeyBnMode, is_power_of_two
 from trainer_module.key_queue import draw, record
 from trainer_module.replica import Replica, gather, mean, own_rows
 
@@ -73,15 +73,12 @@ def permutation(seed: tf.Tensor, size: int) -> tf.Tensor:
 
 
 def cross_replica_sum(f_k: KeyEncoder, x_k: tf.Tensor, replica: Replica, seed: tf.Tensor, memory: Memory) -> Keys:
-    """Shuffled BN by one permutation of the global batch: replica r encodes rows perm[r * n:(r + 1) * n].
-
-    The pixels travel as bfloat16, which holds 0 to 255 exactly, in half the bytes of float32.
-    """
+    """Shuffled BN by one permutation of the global batch: replica r encodes rows perm[r * n:(r + 1) * n]."""
     with tf.name_scope("key_shuffle"):
         perm = permutation(seed, replica.count * x_k.shape[0])
         places = own_rows(replica, tf.math.invert_permutation(perm))
-        shuffled = tf.cast(own_rows(replica, gather(replica, tf.cast(x_k, tf.bfloat16), places)), x_k.dtype)
-    return _encode_in_place(f_k, shuffled, own_rows(replica, perm), replica, memory)
+        shuffled = own_rows(replica, gather(replica, pack_pixels(x_k), places))
+    return _encode_in_place(f_k, unpack_pixels(shuffled, x_k.shape), own_rows(replica, perm), replica, memory)
 
 
 def all_to_all(f_k: KeyEncoder, x_k: tf.Tensor, replica: Replica, seed: tf.Tensor, memory: Memory) -> Keys:
@@ -93,14 +90,58 @@ def all_to_all(f_k: KeyEncoder, x_k: tf.Tensor, replica: Replica, seed: tf.Tenso
     with tf.name_scope("key_shuffle"):
         orders = _permutations(seed, [2, count, n])
         leaving, arriving = orders[0], tf.gather(orders[1], replica.index)  # Rxn of all replicas, n of this one
-        sent = tf.gather(x_k, tf.gather(leaving, replica.index))
-        received = tf.gather(_exchange(sent, replica), arriving)
+        sent = pack_pixels(tf.gather(x_k, tf.gather(leaving, replica.index)))
+        blocks = tf.reshape(sent, [count, n // count, sent.shape[1]])
+        received = tf.gather(tf.reshape(replica.all_to_all(blocks), sent.shape), arriving)
         # Block j of what arrives is the block of replica j's order that was meant for this replica.
-        block = n // count
-        places = leaving[:, :n] + n * tf.range(count)[:, tf.newaxis]
-        places = tf.reshape(tf.gather(tf.reshape(places, [count, count, block]), replica.index, axis=1), [n])
+        places = leaving + n * tf.range(count)[:, tf.newaxis]
+        places = tf.reshape(tf.gather(tf.reshape(places, [count, count, n // count]), replica.index, axis=1), [n])
         places = tf.gather(places, arriving)
-    return _encode_in_place(f_k, received, places, replica, memory)
+    return _encode_in_place(f_k, unpack_pixels(received, x_k.shape), places, replica, memory)
+
+
+def butterfly(f_k: KeyEncoder, x_k: tf.Tensor, replica: Replica, seed: tf.Tensor, memory: Memory) -> Keys:
+    """Balanced shuffle by log2(R) stages of sums over pairs: R is a power of two, n is even.
+
+    In each stage a replica puts its rows into a random order and gives half of them for its partner's half; after all
+    stages a row is on each replica with the same chance. A core gives and takes n / 2 rows a stage: what it sees is
+    the sum of both halves, from which it subtracts its own.
+    """
+    n, count = x_k.shape[0], replica.count
+    stages = count.bit_length() - 1
+    with tf.name_scope("key_shuffle"):
+        orders = _permutations(seed, [max(stages, 1), count, n])
+        rows = pack_pixels(x_k)
+        places = tf.reshape(tf.range(count * n), [count, n])  # of the rows on all replicas
+        for stage in range(stages):
+            rows = tf.gather(rows, tf.gather(orders[stage], replica.index))
+            staying, leaving = tf.split(rows, 2)
+            rows = tf.concat([staying, replica.sum_pair(leaving, 1 << stage) - leaving], 0)
+            staying, leaving = tf.split(tf.gather(places, orders[stage], batch_dims=1), 2, axis=1)
+            places = tf.concat([staying, tf.gather(leaving, [r ^ 1 << stage for r in range(count)])], 1)
+        places = tf.gather(places, replica.index)
+    return _encode_in_place(f_k, unpack_pixels(rows, x_k.shape), places, replica, memory)
+
+
+def recommended(replicas: int, n: int) -> KeyBnMode:
+    """Of the modes that move images between cores, the one with the least traffic.
+
+    Rows that a core receives at a step: all_to_all n (R - 1) / R, butterfly n / 2 log2(R), cross_replica_sum
+    2 n (R - 1), whose buffer also holds n R rows.
+
+    Args:
+        replicas: R.
+        n: images of a replica.
+    """
+    if n % replicas == 0:
+        return KeyBnMode.all_to_all
+    in_halves = is_power_of_two(replicas) and n % 2 == 0
+    return KeyBnMode.butterfly if in_halves else KeyBnMode.cross_replica_sum
+
+
+def automatic(f_k: KeyEncoder, x_k: tf.Tensor, replica: Replica, seed: tf.Tensor, memory: Memory) -> Keys:
+    """The recommended mode for the replicas that there are."""
+    return key_encoding(recommended(replica.count, x_k.shape[0]))(f_k, x_k, replica, seed, memory)
 
 
 def host(hosts: int = 1) -> KeyEncoding:
@@ -190,6 +231,8 @@ def key_encoding(mode: KeyBnMode, *, m: float = 0.999, hosts: int = 1) -> KeyEnc
     makers: dict[KeyBnMode, Callable[[], KeyEncoding]] = {
         KeyBnMode.cross_replica_sum: lambda: cross_replica_sum,
         KeyBnMode.all_to_all: lambda: all_to_all,
+        KeyBnMode.butterfly: lambda: butterfly,
+        KeyBnMode.auto: lambda: automatic,
         KeyBnMode.host: lambda: host(hosts),
         KeyBnMode.stored: lambda: stored,
         KeyBnMode.ema: lambda: ema(m),
@@ -203,6 +246,31 @@ def key_encoding(mode: KeyBnMode, *, m: float = 0.999, hosts: int = 1) -> KeyEnc
 def ring_size(config: KeyBnConfig) -> int:
     """Key batches whose statistics are kept."""
     return config.ring if config.mode is KeyBnMode.stored else 0
+
+
+def pack_pixels(x: tf.Tensor) -> tf.Tensor:
+    """uint8[n, ...] -> int32[n, P]: four pixels in each, P a quarter of an image's, rounded up; exact.
+
+    TPU cores sum no uint8. Rows of zeros stay zeros, so sums with them keep every pixel; and sums that wrap round can
+    be undone. The four come from the four quarters of an image: neighbours would make an innermost axis of four, which
+    a TPU pads to 128.
+    """
+    flat = tf.cast(tf.reshape(x, [x.shape[0], -1]), tf.int32)
+    flat = tf.pad(flat, [[0, 0], [0, -flat.shape[1] % 4]])
+    quarters = [tf.bitwise.left_shift(part, 8 * i) for i, part in enumerate(tf.split(flat, 4, axis=1))]
+    return functools.reduce(tf.bitwise.bitwise_or, quarters)
+
+
+def unpack_pixels(packed: tf.Tensor, shape: tf.TensorShape) -> tf.Tensor:
+    """The inverse of pack_pixels.
+
+    Args:
+        packed: int32[n, P].
+        shape: of the pixels, uint8[n, ...].
+    """
+    quarters = [tf.bitwise.bitwise_and(tf.bitwise.right_shift(packed, 8 * i), 255) for i in range(4)]
+    flat = tf.concat(quarters, 1)[:, : shape[1:].num_elements()]
+    return tf.reshape(tf.cast(flat, tf.uint8), shape)
 
 
 def _permutations(seed: tf.Tensor, shape: list[int]) -> tf.Tensor:
@@ -225,12 +293,6 @@ def _encode_in_place(f_k: KeyEncoder, x: tf.Tensor, places: tf.Tensor, replica: 
     with tf.name_scope("statistics"):
         stats = mean(replica, stats)
     return Keys(own, everyone, stats, memory.ring)
-
-
-def _exchange(rows: tf.Tensor, replica: Replica) -> tf.Tensor:
-    """Block j of every replica's rows [n, ...] goes to replica j; what arrives stands in the order of the replicas."""
-    blocks = tf.reshape(tf.cast(rows, tf.bfloat16), [replica.count, -1, *rows.shape[1:]])
-    return tf.cast(tf.reshape(replica.all_to_all(blocks), rows.shape), rows.dtype)
 
 
 def _host_seed(seed: tf.Tensor, index: int) -> tf.Tensor:

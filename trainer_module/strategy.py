@@ -8,7 +8,15 @@ from pathlib import Path
 import tensorflow as tf
 
 from trainer_module import progress
-from trainer_module.config import Precision, StrategyKind, TpuConfig, TrainConfig
+from trainer_module.config import (
+    KeyBnMode,
+    Precision,
+    StrategyKind,
+    TpuConfig,
+    TrainConfig,
+    is_power_of_two,
+    share_unit,
+)
 from trainer_module.errors import UserError
 
 LOCAL_TPU = "local"
@@ -80,7 +88,7 @@ def choose_strategy(config: TrainConfig) -> tf.distribute.Strategy:
         strategy = tf.distribute.MirroredStrategy([f"GPU:{i}" for i in range(len(_gpus()))])
     else:
         strategy = make_strategy(config.replicas)
-    _check_shares(config.global_batch, strategy.num_replicas_in_sync)
+    _check_shares(config, strategy.num_replicas_in_sync)
     return strategy
 
 
@@ -170,11 +178,21 @@ def _shortened(reason: str) -> str:
     return reason if len(reason) <= 100 else f"{reason[:99]}…"
 
 
-def _check_shares(global_batch: int, cores: int) -> None:
-    if global_batch % cores:
-        below = global_batch // cores * cores
-        near = " or ".join(str(batch) for batch in (below, below + cores) if batch)
+def _check_shares(config: TrainConfig, cores: int) -> None:
+    batch, key_bn = config.global_batch, config.key_bn
+    if key_bn.mode is KeyBnMode.butterfly and not is_power_of_two(cores):
         raise UserError(
-            f"train.global_batch={global_batch} is not divisible by the {cores} cores that share it; "
-            f"e.g. train.global_batch={near}"
+            f"train.key_bn.mode=butterfly needs a power of two of cores, and there are {cores}; "
+            "e.g. train.key_bn.mode=auto"
         )
+    for unit, what in (
+        (cores, f"the {cores} cores that share it"),
+        (
+            cores * share_unit(key_bn, cores),
+            f"the equal parts of train.key_bn.mode={key_bn.mode.name} on {cores} cores",
+        ),
+    ):
+        if batch % unit:
+            below = batch // unit * unit
+            near = " or ".join(str(near) for near in (below, below + unit) if near)
+            raise UserError(f"train.global_batch={batch} is not divisible by {what}; e.g. train.global_batch={near}")

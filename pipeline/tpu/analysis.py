@@ -23,7 +23,7 @@ from pipeline.tpu.chips import Topology
 from pipeline.tpu.hlo import Collective
 from pipeline.worker import ROOT, Worker
 from trainer_module import config_json, progress
-from trainer_module.config import EncoderConfig, KeyBnMode, TrainConfig
+from trainer_module.config import EncoderConfig, KeyBnMode, TrainConfig, is_power_of_two
 from trainer_module.errors import UserError
 
 CACHE = ROOT / ".cache" / "tpu-report"
@@ -148,6 +148,11 @@ def _impossible(train: TrainConfig, topology: Topology, batch_per_core: int | No
             f"train.key_bn.mode=all_to_all sends equal shares to the {cores} cores of {topology}, which {set_by} does "
             f"not allow; e.g. --batch-per-core {near}, or another mode"
         )
+    if mode is KeyBnMode.butterfly and (share % 2 or not is_power_of_two(cores)):
+        return (
+            f"train.key_bn.mode=butterfly halves the {share} images of each of the {cores} cores of {topology} "
+            f"({set_by}), so these must be even and those a power of two; e.g. --set train.key_bn.mode=auto"
+        )
     if mode is KeyBnMode.split and share % groups:
         near = max(1, round(share / groups)) * groups
         return (
@@ -155,12 +160,6 @@ def _impossible(train: TrainConfig, topology: Topology, batch_per_core: int | No
             f"e.g. --batch-per-core {near}"
         )
     return None
-
-
-def step_of_batch(request: Request) -> int:
-    """The batch per core has to be a multiple of this."""
-    mode = request.train.key_bn.mode
-    return {KeyBnMode.all_to_all: request.replicas, KeyBnMode.split: request.train.key_bn.groups}.get(mode, 1)
 
 
 class Compiler:

@@ -9,10 +9,11 @@ from typing import Any
 
 from pipeline import console
 from pipeline.config import Config
-from pipeline.tpu.analysis import Compiled, Compiler, Refused, Request, request_for, step_of_batch
+from pipeline.tpu.analysis import Compiled, Compiler, Refused, Request, request_for
 from pipeline.tpu.chips import Topology
 from pipeline.tpu.fit import Fit, largest_batch
 from pipeline.tpu.hlo import PARTS
+from trainer_module.config import share_unit
 from trainer_module.errors import UserError
 
 _GIB, _MB = 2**30, 1e6
@@ -100,7 +101,13 @@ def _fit(compiler: Compiler, request: Request, topology: Topology) -> Fit:
         return compiler.compile(dataclasses.replace(request, train=train), topology)
 
     highest = request.train.queue // request.replicas
-    return largest_batch(compile_for, request.batch_per_core, step_of_batch(request), highest, topology.chip.hbm_bytes)
+    return largest_batch(
+        compile_for,
+        request.batch_per_core,
+        share_unit(request.train.key_bn, request.replicas),
+        highest,
+        topology.chip.hbm_bytes,
+    )
 
 
 # In words.

@@ -210,6 +210,8 @@ def test_what_cannot_be_read_is_refused_in_one_line_with_the_mend(override, word
         (["augment.crop_scale_max=0.1"], ["augment.crop_scale_min=0.2", "augment.crop_scale_max=0.1"]),
         (["augment.crop_ratio_min=2"], ["augment.crop_ratio_min=2", "augment.crop_ratio_max="]),
         (["augment.blur_sigma_min=3"], ["augment.blur_sigma_min=3", "e.g. augment.blur_sigma_min=2"]),
+        (["train.key_bn.mode=butterfly", "train.replicas=3", "train.global_batch=72"], ["over 3;", "mode=auto"]),
+        (["train.key_bn.mode=butterfly", "train.replicas=8", "train.global_batch=72"], ["=72 over 8;", "mode=auto"]),
         (
             ["train.key_bn.mode=all_to_all", "train.global_batch=72"],
             ["equal shares to 8", "e.g. train.global_batch=64"],

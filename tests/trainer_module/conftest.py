@@ -10,7 +10,7 @@ import pytest
 import tensorflow as tf
 
 from trainer_module.batch_norm import FusedBatchNormalization
-from trainer_module.replica import exchange_by_sum
+from trainer_module.replica import exchange_by_sum, sum_pair_by_sum
 
 
 @pytest.fixture(scope="session")
@@ -60,6 +60,9 @@ class LockstepReplica:
         result = [tf.add_n(list(values)) for values in zip(*self._meeting.slots, strict=True)]
         self._meeting.barrier.wait()
         return result
+
+    def sum_pair(self, x: tf.Tensor, distance: int) -> tf.Tensor:
+        return sum_pair_by_sum(self, x, distance)
 
     def all_to_all(self, blocks: tf.Tensor) -> tf.Tensor:
         return exchange_by_sum(self, blocks)

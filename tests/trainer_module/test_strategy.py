@@ -8,7 +8,7 @@ import pytest
 import tensorflow as tf
 
 from trainer_module import strategy
-from trainer_module.config import Precision, StrategyKind, TpuConfig, TrainConfig
+from trainer_module.config import KeyBnConfig, KeyBnMode, Precision, StrategyKind, TpuConfig, TrainConfig
 from trainer_module.errors import UserError
 
 CONFIG = TrainConfig(replicas=2, global_batch=12)
@@ -57,6 +57,26 @@ def test_a_strategy_of_tpu_without_a_name_looks_for_one_on_this_machine():
 def test_a_batch_that_the_cores_cannot_share_is_refused_with_the_nearest_ones():
     with pytest.raises(UserError, match=r"global_batch=10 is not divisible by the 4 cores .* e.g. .*=8 or 12"):
         strategy.choose_strategy(with_strategy("mirrored", replicas=4, global_batch=10))
+
+
+@pytest.mark.parametrize(
+    ("mode", "batch", "parts"),
+    [
+        ("all_to_all", 24, ["global_batch=24", "equal parts of train.key_bn.mode=all_to_all on 4 cores", "=16 or 32"]),
+        ("butterfly", 12, ["global_batch=12", "equal parts of train.key_bn.mode=butterfly on 4 cores", "=8 or 16"]),
+    ],
+)
+def test_shares_that_a_mode_cannot_deal_out_are_refused_with_the_nearest_ones(mode, batch, parts):
+    config = with_strategy("mirrored", replicas=4, global_batch=batch, key_bn=KeyBnConfig(KeyBnMode[mode]))
+    with pytest.raises(UserError) as refusal:
+        strategy.choose_strategy(config)
+    assert all(part in str(refusal.value) for part in parts)
+
+
+def test_a_butterfly_over_cores_that_are_no_power_of_two_is_refused_with_what_works():
+    config = with_strategy("mirrored", replicas=3, global_batch=12, key_bn=KeyBnConfig(KeyBnMode.butterfly))
+    with pytest.raises(UserError, match=r"butterfly needs a power of two of cores, and there are 3; .*=auto"):
+        strategy.choose_strategy(config)
 
 
 def pci_device(folder, vendor, device):

@@ -21,7 +21,7 @@ from trainer_module.config import EncoderConfig, Head, KeyBnConfig, KeyBnMode, T
 from trainer_module.driver import Driver, learning_rate, named
 from trainer_module.lowering import MEAN, STD, STEPS_PER_EPOCH
 from trainer_module.moco import Metrics
-from trainer_module.shuffle import permutation, shuffle_keys
+from trainer_module.shuffle import permutation, recommended, shuffle_keys
 from trainer_module.strategy import make_strategy
 
 STEPS, BATCH, SIDE, QUEUE, DIM = 3, 64, 8, 160, 12  # the third batch wraps round the queue's end
@@ -176,6 +176,10 @@ def dealt(mode, replicas, step):
         return next(iter(shuffle_keys(images, SEED, step)))[1].numpy()
     if mode is KeyBnMode.split:
         return np.concatenate([r * n + permutation(seed, n).numpy() for r in range(replicas)])
+    if mode is KeyBnMode.auto:
+        return dealt(recommended(replicas, n), replicas, step)
+    if mode is KeyBnMode.butterfly:
+        return dealt_by_butterfly(seed, replicas, n)
     if mode is KeyBnMode.all_to_all:
         draws = tf.random.stateless_uniform([2, replicas, n], seed, None, None, tf.int32, alg="philox").numpy()
         leaving, arriving = np.argsort(draws, axis=-1, kind="stable")
@@ -183,6 +187,18 @@ def dealt(mode, replicas, step):
         blocks = np.stack([r * n + np.array(np.split(order, replicas)) for r, order in enumerate(leaving)])
         return np.concatenate([blocks[:, j].reshape(-1)[arriving[j]] for j in range(replicas)])
     return np.arange(BATCH)
+
+
+def dealt_by_butterfly(seed, replicas, n):
+    """Stage by stage, as it is told: everyone's second half goes to the partner."""
+    stages = replicas.bit_length() - 1
+    draws = tf.random.stateless_uniform([stages, replicas, n], seed, None, None, tf.int32, alg="philox").numpy()
+    hands = np.arange(BATCH).reshape(replicas, n)
+    for stage, orders in enumerate(np.argsort(draws, axis=-1, kind="stable")):
+        hands = np.stack([hand[order] for hand, order in zip(hands, orders, strict=True)])
+        kept, given = hands[:, : n // 2], hands[:, n // 2 :]
+        hands = np.stack([np.concatenate([kept[r], given[r ^ 2**stage]]) for r in range(replicas)])
+    return hands.reshape(-1)
 
 
 class GivenStatistics(Reference):
