@@ -1,8 +1,8 @@
 """Runs in .venv-tpu-compile: takes steps of a lowered program on XLA's CPU, one device for each core.
 
 A question is {"hlo": FILE, "manifest": …, "state": FILE.npz by the names of the leaves, "views": FILE.npz with x_q and
-x_k, uint8[steps, B, H, W, 3], "to": FILE.npz}. It writes "T/NAME" for each result NAME of each step T, from 1, as core 0
-has it, and answers with the names of the results that differ between the cores.
+x_k, uint8[steps, B, H, W, 3], "to": FILE.npz}. It writes "T/NAME" for each result NAME of each step T, from 1, as core
+0 has it, and answers with the names of the results that differ between the cores.
 """
 
 import os
