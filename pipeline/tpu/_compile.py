@@ -4,6 +4,7 @@ A question is {"hlo": FILE, "manifest": …, "topology": "v5e:2x4"}, or {"versio
 parts of jax that are not its public interface, which is why the versions are pinned exactly.
 """
 
+import collections
 import importlib.metadata
 import os
 import re
@@ -110,7 +111,7 @@ def _figures(executable: Any, computation: Any, question: dict[str, Any]) -> dic
     cost = executable.cost_analysis()
     cost = cost[0] if isinstance(cost, list) else cost
     text = executable.hlo_modules()[0].to_string()
-    lowered = computation.get_hlo_module().to_string()
+    lowered, replicas = computation.get_hlo_module().to_string(), question["manifest"]["replicas"]
     return {
         "flops": cost["flops"],
         "bytes_accessed": cost["bytes accessed"],
@@ -121,7 +122,9 @@ def _figures(executable: Any, computation: Any, question: dict[str, Any]) -> dic
             "temporaries": memory.temp_size_in_bytes,
             "code": memory.generated_code_size_in_bytes,
         },
-        "collectives": [vars(c) for c in hlo.collectives(lowered, text, question["manifest"]["replicas"])],
+        "exchanged": [vars(c) for c in hlo.collectives(lowered, lowered, replicas)],
+        "collectives": [vars(c) for c in hlo.collectives(lowered, text, replicas)],
+        "collective_instructions": collections.Counter(i.kind for i in hlo.instructions(text) if i.kind),
         "bytes_by_part": hlo.bytes_by_part(text),
         "hbm_bytes_by_part": hlo.bytes_by_part(text, hbm_only=True),
     }

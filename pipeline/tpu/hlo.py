@@ -97,7 +97,7 @@ class Collective:
     Attributes:
         kind: XLA's name.
         part: of the algorithm.
-        count: collectives in the compiled program that carry it.
+        count: collectives in the program that carry it.
         bytes: of one core's result.
         received: bytes that a core receives, if the exchange goes round a ring: of B bytes over R cores an all-reduce
             takes 2 B (R - 1) / R, an all-gather, a reduce-scatter (of its operand) and an all-to-all B (R - 1) / R, a
