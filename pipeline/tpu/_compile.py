@@ -12,8 +12,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-# Before jax is imported: no TPU is looked for, neither on this machine nor in Google Cloud's metadata.
+# Before jax is imported: no TPU is looked for, neither on this machine nor in Google Cloud's metadata, and several
+# processes may compile at a time, since none holds one.
 os.environ.update(
+    ALLOW_MULTIPLE_LIBTPU_LOAD="true",
     JAX_PLATFORMS="cpu",
     TPU_SKIP_MDS_QUERY="1",
     TPU_ACCELERATOR_TYPE="v5litepod-8",
@@ -32,7 +34,11 @@ from pipeline.tpu import hlo
 from pipeline.tpu.chips import parse_topology
 from pipeline.worker import serve
 
-_OUT_OF_HBM = re.compile(r"Used (?P<used>[\d.]+)(?P<used_unit>[KMG]?) of (?P<has>[\d.]+)(?P<has_unit>[KMG]?) hbm")
+_SIZE = r"(?P<{0}>[\d.]+)(?P<{0}_unit>[KMG]?)"
+_OUT_OF_HBM = tuple(
+    re.compile(pattern.format(_SIZE.format("used"), _SIZE.format("has")))
+    for pattern in (r"\({}\) exceeds available HBM \({}\)", r"Used {} of {} hbm")
+)
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
 
 
@@ -100,7 +106,7 @@ def _compile(computation: Any, manifest: dict[str, Any], name: str) -> Any:
 
 def _refusal(said: str) -> dict[str, Any]:
     """The compiler's reason; for want of memory with the bytes that it needed and had."""
-    if memory := _OUT_OF_HBM.search(said):
+    if memory := next(filter(None, (pattern.search(said) for pattern in _OUT_OF_HBM)), None):
         used, has = (float(memory[n]) * _UNITS[memory[n + "_unit"]] for n in ("used", "has"))
         return {"reason": "out of memory", "needed": int(used), "available": int(has), "said": said[:4000]}
     return {"reason": said.partition("\n")[0][:300], "said": said[:4000]}

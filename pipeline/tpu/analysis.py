@@ -201,7 +201,7 @@ class Compiler:
         answer = _read(kept) if _can_be_kept(request) else None
         if answer is None:
             answer = self._compile(request, topology)
-            if _can_be_kept(request):
+            if _can_be_kept(request) and (answer["compiles"] or "needed" in answer):
                 _write(kept, answer)
         return _result(answer)
 
