@@ -111,8 +111,8 @@ def verdict(result: Compiled | Refused, request: Request, topology: Topology) ->
     has = topology.chip.hbm_bytes
     if isinstance(result, Refused):
         if result.needed:
-            needed, available = result.needed / _GIB, result.available / _GIB
-            return f"does not fit: needs at least {needed:.1f} GiB a core and the compiler has {available:.1f} of {has / _GIB:.0f}"
+            needed, left = f"{result.needed / _GIB:.1f} GiB", f"{result.available / _GIB:.2f}"
+            return f"does not fit: needs at least {needed} a core, and programs have {left} of {has / _GIB:.0f}"
         return f"does not compile: {result.reason}"
     line = roofline(result, topology)
     rate = request.batch_per_core / line.seconds
