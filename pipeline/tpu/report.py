@@ -111,13 +111,13 @@ def verdict(result: Compiled | Refused, request: Request, topology: Topology) ->
     has = topology.chip.hbm_bytes
     if isinstance(result, Refused):
         if result.needed:
-            needed, left = f"{result.needed / _GIB:.1f} GiB", f"{result.available / _GIB:.2f}"
-            return f"does not fit: needs at least {needed} a core, and programs have {left} of {has / _GIB:.0f}"
+            needed, left = _gib(result.needed), f"{result.available / _GIB:.2f}"
+            return f"does not fit: needs at least {needed} GiB a core, and programs have {left} of {has / _GIB:.0f}"
         return f"does not compile: {result.reason}"
     line = roofline(result, topology)
     rate = request.batch_per_core / line.seconds
     return (
-        f"fits: {result.memory.total / _GIB:.1f} of {has / _GIB:.0f} GiB; {line.bound}-bound: at most {rate:,.0f} "
+        f"fits: {_gib(result.memory.total)} of {has / _GIB:.0f} GiB; {line.bound}-bound: at most {rate:,.0f} "
         f"images/s a chip; {_shuffle(result, request)}"
     )
 
@@ -127,6 +127,11 @@ def _shuffle(result: Compiled, request: Request) -> str:
     if moved:
         return f"the key shuffle brings each core {_size(moved)} a step"
     return f"no key shuffle between cores (key_bn.mode={request.train.key_bn.mode.name})"
+
+
+def _gib(count: float) -> str:
+    size = count / _GIB
+    return f"{size:.1f}" if size >= 0.1 else f"{size:.2g}"
 
 
 def _size(count: float) -> str:
