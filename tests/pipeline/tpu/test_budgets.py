@@ -5,9 +5,7 @@ import json
 import re
 
 import pytest
-from conftest import python_of
 
-from pipeline import side_env
 from pipeline.tpu import budgets
 from pipeline.tpu.analysis import Compiler
 from trainer_module.config import KeyBnMode
@@ -18,9 +16,7 @@ def budget():
     return json.loads(budgets.FILE.read_text())["programs"]
 
 
-def test_no_program_costs_more_than_its_budget(budget):
-    for environment in (side_env.TPU_LOWER, side_env.TPU_COMPILE):
-        python_of(environment)
+def test_no_program_costs_more_than_its_budget(tpu_environments, budget):
     with Compiler() as compiler:
         assert budgets.breaches(budget, budgets.measure(compiler)) == []
 

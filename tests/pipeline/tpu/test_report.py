@@ -4,9 +4,8 @@ import dataclasses
 import json
 
 import pytest
-from conftest import python_of
 
-from pipeline import cli, side_env
+from pipeline import cli
 from pipeline.config import Config, load
 from pipeline.tpu.analysis import Compiled, Memory, Refused, request_for
 from pipeline.tpu.chips import parse_topology
@@ -96,13 +95,7 @@ def test_every_preset_with_every_mode_has_a_step_for_a_tpu_or_is_refused_with_th
 SMALL = ("--set", "encoder=pipeline.tpu.small_encoder.two_convolutions")
 
 
-@pytest.fixture(scope="module")
-def environments():
-    for environment in (side_env.TPU_LOWER, side_env.TPU_COMPILE):
-        python_of(environment)
-
-
-def test_the_command_compiles_a_step_with_the_real_compiler_and_writes_what_it_says(environments, tmp_path, capsys):
+def test_the_command_compiles_a_step_with_the_real_compiler_and_writes_what_it_says(tpu_environments, tmp_path, capsys):
     file = tmp_path / "report.json"
     arguments = ("tpu-report", *SMALL, "--set", "augment.size=16", "--batch-per-core", "8", "--json", str(file))
     assert cli.main([*arguments, "--topology", "v4:2x2x1"]) == cli.DONE
@@ -123,7 +116,7 @@ def test_the_command_compiles_a_step_with_the_real_compiler_and_writes_what_it_s
 
 
 def test_a_step_that_needs_more_memory_than_the_chip_has_is_the_compiler_s_word_and_no_crash(
-    environments, tmp_path, capsys
+    tpu_environments, tmp_path, capsys
 ):
     file = tmp_path / "report.json"
     assert cli.main(["tpu-report", *SMALL, "--batch-per-core", "4096", "--json", str(file)]) == cli.FAILED
