@@ -4,6 +4,7 @@ A question is {"hlo": FILE, "manifest": …, "topology": "v5e:2x4"}, or {"versio
 parts of jax that are not its public interface, which is why the versions are pinned exactly.
 """
 
+import collections
 import importlib.metadata
 import os
 import re
@@ -11,8 +12,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-# Before jax is imported: no TPU is looked for, neither on this machine nor in Google Cloud's metadata.
+# Before jax is imported: no TPU is looked for, neither on this machine nor in Google Cloud's metadata, and several
+# processes may compile at a time, since none holds one.
 os.environ.update(
+    ALLOW_MULTIPLE_LIBTPU_LOAD="true",
     JAX_PLATFORMS="cpu",
     TPU_SKIP_MDS_QUERY="1",
     TPU_ACCELERATOR_TYPE="v5litepod-8",
@@ -31,7 +34,11 @@ from pipeline.tpu import hlo
 from pipeline.tpu.chips import parse_topology
 from pipeline.worker import serve
 
-_OUT_OF_HBM = re.compile(r"Used (?P<used>[\d.]+)(?P<used_unit>[KMG]?) of (?P<has>[\d.]+)(?P<has_unit>[KMG]?) hbm")
+_SIZE = r"(?P<{0}>[\d.]+)(?P<{0}_unit>[KMG]?)"
+_OUT_OF_HBM = tuple(
+    re.compile(pattern.format(_SIZE.format("used"), _SIZE.format("has")))
+    for pattern in (r"\({}\) exceeds available HBM \({}\)", r"Used {} of {} hbm")
+)
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
 
 
@@ -99,7 +106,7 @@ def _compile(computation: Any, manifest: dict[str, Any], name: str) -> Any:
 
 def _refusal(said: str) -> dict[str, Any]:
     """The compiler's reason; for want of memory with the bytes that it needed and had."""
-    if memory := _OUT_OF_HBM.search(said):
+    if memory := next(filter(None, (pattern.search(said) for pattern in _OUT_OF_HBM)), None):
         used, has = (float(memory[n]) * _UNITS[memory[n + "_unit"]] for n in ("used", "has"))
         return {"reason": "out of memory", "needed": int(used), "available": int(has), "said": said[:4000]}
     return {"reason": said.partition("\n")[0][:300], "said": said[:4000]}
@@ -110,7 +117,7 @@ def _figures(executable: Any, computation: Any, question: dict[str, Any]) -> dic
     cost = executable.cost_analysis()
     cost = cost[0] if isinstance(cost, list) else cost
     text = executable.hlo_modules()[0].to_string()
-    lowered = computation.get_hlo_module().to_string()
+    lowered, replicas = computation.get_hlo_module().to_string(), question["manifest"]["replicas"]
     return {
         "flops": cost["flops"],
         "bytes_accessed": cost["bytes accessed"],
@@ -121,7 +128,9 @@ def _figures(executable: Any, computation: Any, question: dict[str, Any]) -> dic
             "temporaries": memory.temp_size_in_bytes,
             "code": memory.generated_code_size_in_bytes,
         },
-        "collectives": [vars(c) for c in hlo.collectives(lowered, text, question["manifest"]["replicas"])],
+        "exchanged": [vars(c) for c in hlo.collectives(lowered, lowered, replicas)],
+        "collectives": [vars(c) for c in hlo.collectives(lowered, text, replicas)],
+        "collective_instructions": collections.Counter(i.kind for i in hlo.instructions(text) if i.kind),
         "bytes_by_part": hlo.bytes_by_part(text),
         "hbm_bytes_by_part": hlo.bytes_by_part(text, hbm_only=True),
     }

@@ -80,7 +80,10 @@ class Compiled:
         bytes_accessed: as XLA counts them, whether in HBM or nearer.
         memory: see Memory.
         parts: bytes of the arguments by what they are, without padding.
-        collectives: see pipeline.tpu.hlo.Collective.
+        exchanged: what the step asks the cores to exchange, see pipeline.tpu.hlo.Collective.
+        collectives: the same in the compiled program. On large slices the compiler makes several phases of a sum, each
+            over some cores; their sizes then say little of what is sent.
+        collective_instructions: how many of each kind the compiled program has.
         bytes_by_part, hbm_bytes_by_part: see pipeline.tpu.hlo.bytes_by_part.
         versions: of jax, jaxlib and libtpu.
         seconds: that the compiler took.
@@ -90,7 +93,9 @@ class Compiled:
     bytes_accessed: float
     memory: Memory
     parts: Mapping[str, int]
+    exchanged: tuple[Collective, ...]
     collectives: tuple[Collective, ...]
+    collective_instructions: Mapping[str, int]
     bytes_by_part: Mapping[str, int]
     hbm_bytes_by_part: Mapping[str, int]
     versions: Mapping[str, str]
@@ -195,7 +200,7 @@ class Compiler:
         answer = _read(kept) if _can_be_kept(request) else None
         if answer is None:
             answer = self._compile(request, topology)
-            if _can_be_kept(request):
+            if _can_be_kept(request) and (answer["compiles"] or "needed" in answer):
                 _write(kept, answer)
         return _result(answer)
 
@@ -269,8 +274,8 @@ def _result(answer: Mapping[str, Any]) -> Compiled | Refused:
     if not answer["compiles"]:
         return Refused(**{f.name: answer[f.name] for f in dataclasses.fields(Refused) if f.name in answer})
     values = {field.name: answer[field.name] for field in dataclasses.fields(Compiled)}
-    collectives = tuple(Collective(**c) for c in answer["collectives"])
-    return Compiled(**{**values, "memory": Memory(**answer["memory"]), "collectives": collectives})
+    exchanges = {name: tuple(Collective(**c) for c in answer[name]) for name in ("exchanged", "collectives")}
+    return Compiled(**{**values, "memory": Memory(**answer["memory"]), **exchanges})
 
 
 _DTYPE_BYTES = {"uint8": 1, "bfloat16": 2, "float32": 4, "int32": 4}

@@ -82,14 +82,14 @@ def _breaches(budget: Mapping[str, Any], figures: Mapping[str, Any]) -> Iterator
     for what, unit in (("bytes_accessed", "bytes accessed"), ("temporaries", "bytes of temporaries")):
         if _grew(budget[what], figures[what]):
             part = _most_grown(budget["bytes_by_part"], figures["bytes_by_part"])
-            yield f"{_change(budget[what], figures[what])} {unit}; most in {_look_at(part)}"
+            yield f"{_change(budget[what], figures[what])} {unit}; most in {look_at(part)}"
     for collective, new in figures["collectives"].items():
         old = budget["collectives"].get(collective, {"count": 0, "bytes": 0})
         part = collective.rpartition(" ")[2]
         if _grew(old["bytes"], new["bytes"]):
-            yield f"{_change(old['bytes'], new['bytes'])} bytes in {collective}; look at {_look_at(part)}"
+            yield f"{_change(old['bytes'], new['bytes'])} bytes in {collective}; look at {look_at(part)}"
         if new["count"] > old["count"]:
-            yield f"{_change(old['count'], new['count'])} times {collective}; look at {_look_at(part)}"
+            yield f"{_change(old['count'], new['count'])} times {collective}; look at {look_at(part)}"
 
 
 def _grew(old: float, new: float) -> bool:
@@ -105,7 +105,7 @@ def _most_grown(old: Mapping[str, int], new: Mapping[str, int]) -> str:
     return max(new, key=lambda part: new[part] - old.get(part, 0))
 
 
-def _look_at(part: str) -> str:
+def look_at(part: str) -> str:
     """The part in words, and where its scope is opened, such as "key_return (…), trainer_module/shuffle.py:229"."""
     words = f"{part} ({PARTS.get(part, part)})"
     scope = "loss" if part == "backward" else part

@@ -34,9 +34,6 @@ _BYTES = {
     "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8,
 }  # fmt: skip
 _KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
-_WRITTEN_AS_SUMS = {"all-reduce-scatter": "reduce-scatter", "all-gather": "all-gather"}
-_COMPUTATION = re.compile(r"^(?:ENTRY )?%(?P<name>[\w.-]+) \(")
-_CALLS = re.compile(r"\bcalls=%([\w.-]+)")
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%(?P<name>[\w.-]+) = (?P<shape>.*?) (?P<op>[a-z][\w-]*)\((?P<operands>.*?)\)")
 _ARRAY = re.compile(r"\b(?P<dtype>[a-z]\w*)\[(?P<dims>[\d,]*)\](?:\{(?P<layout>[^}]*)\})?")
 _SCOPE = re.compile(r'op_name="(?P<name>[^"]*)"')
@@ -72,8 +69,6 @@ class Instruction:
         operands: names.
         scope: the name that TensorFlow gave the operation it came from; empty if none.
         groups: of a collective, cores that take part in one.
-        computation: that it stands in.
-        calls: computation that it calls, or "".
     """
 
     name: str
@@ -82,8 +77,6 @@ class Instruction:
     operands: tuple[str, ...]
     scope: str
     groups: int
-    computation: str
-    calls: str
 
     @property
     def part(self) -> str:
@@ -92,14 +85,8 @@ class Instruction:
 
     @property
     def kind(self) -> str | None:
-        """Of a collective.
-
-        Where each core updates a share of the weights, the compiler writes the sum of which a core keeps its share, and
-        the shares brought together, as all-reduces in computations that are named for what they are.
-        """
+        """Of a collective."""
         base = self.op.removesuffix("-start")
-        if base == "all-reduce":
-            base = next((kind for name, kind in _WRITTEN_AS_SUMS.items() if self.computation.startswith(name)), base)
         return base if base in _KINDS else None
 
 
@@ -110,10 +97,11 @@ class Collective:
     Attributes:
         kind: XLA's name.
         part: of the algorithm.
-        count: collectives in the compiled program that carry it.
-        bytes: of the whole: what is summed, or what all cores' shares make together.
+        count: collectives in the program that carry it.
+        bytes: of one core's result.
         received: bytes that a core receives, if the exchange goes round a ring: of B bytes over R cores an all-reduce
-            takes 2 B (R - 1) / R, an all-gather, a reduce-scatter and an all-to-all B (R - 1) / R, a permutation B.
+            takes 2 B (R - 1) / R, an all-gather, a reduce-scatter (of its operand) and an all-to-all B (R - 1) / R, a
+            permutation B.
     """
 
     kind: str
@@ -141,17 +129,15 @@ def instructions(text: str, *, entry_only: bool = False) -> Iterator[Instruction
         text: of the module.
         entry_only: leave out the computations that others call.
     """
-    inside, computation = not entry_only, ""
+    inside = not entry_only
     for line in text.splitlines():
-        if header := _COMPUTATION.match(line):
-            computation = header["name"]
         if line.startswith("ENTRY"):
             inside = True
         elif line.startswith("}") and entry_only:
             inside = False
         match = _INSTRUCTION.match(line) if inside else None
         if match:
-            scope, calls = _SCOPE.search(line), _CALLS.search(line)
+            scope = _SCOPE.search(line)
             # Slices that lie side by side already are one array.
             op = "bitcast" if 'custom_call_target="ConcatBitcast"' in line else match["op"]
             yield Instruction(
@@ -161,8 +147,6 @@ def instructions(text: str, *, entry_only: bool = False) -> Iterator[Instruction
                 tuple(re.findall(r"%([\w.-]+)", match["operands"])),
                 scope["name"] if scope else "",
                 _group_size(line),
-                computation,
-                calls[1] if calls else "",
             )
 
 
@@ -195,21 +179,17 @@ def collectives(lowered: str, compiled: str, cores: int) -> list[Collective]:
         if instruction.kind:
             for array in instruction.arrays:
                 waiting[array.dtype, array.size].append(instruction.part or OTHER)
-    program = list(instructions(compiled))
-    callers = {i.calls: i.part for i in program if i.calls}
     totals: dict[tuple[str, str], list[float]] = collections.defaultdict(lambda: [0, 0.0, 0.0])
-    for instruction in program:
+    for instruction in instructions(compiled):
         if kind := instruction.kind:
             groups = instruction.groups or cores
-            named = instruction.part or callers.get(instruction.computation, "")
             seen = set()
             for array in _exchanged(instruction):
-                part = _take(waiting[array.dtype, array.size], named) or named or OTHER
-                size = array.bytes * (groups if instruction.op.startswith("reduce-scatter") else 1)
+                part = _take(waiting[array.dtype, array.size], instruction.part) or instruction.part or OTHER
                 total = totals[kind, part]
                 total[0] += part not in seen
-                total[1] += size
-                total[2] += size * _received_share(kind, groups)
+                total[1] += array.bytes
+                total[2] += array.bytes * _received_share(kind, groups)
                 seen.add(part)
     order = list(PARTS)
     return [
@@ -233,9 +213,15 @@ def _take(candidates: list[str], preferred: str) -> str:
 
 
 def _received_share(kind: str, cores: int) -> float:
-    """Bytes that a core receives for each byte of the whole."""
+    """Bytes that a core receives for each byte of its result."""
     share = (cores - 1) / cores
-    return {"all-reduce": 2 * share, "collective-permute": 1.0}.get(kind, share)
+    return {
+        "all-reduce": 2 * share,
+        "all-gather": share,
+        "reduce-scatter": cores - 1.0,  # of the operand, cores times the result, the share
+        "all-to-all": share,
+        "collective-permute": 1.0,
+    }[kind]
 
 
 def bytes_by_part(compiled: str, *, hbm_only: bool = False) -> Mapping[str, int]:

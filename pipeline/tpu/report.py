@@ -50,7 +50,7 @@ def roofline(compiled: Compiled, topology: Topology) -> Roofline:
     return Roofline(
         compiled.flops / chip.flops,
         compiled.bytes_accessed / chip.hbm_bandwidth,
-        sum(c.received for c in compiled.collectives) / chip.ici_bandwidth,
+        sum(c.received for c in compiled.exchanged) / chip.ici_bandwidth,
     )
 
 
@@ -118,24 +118,27 @@ def verdict(result: Compiled | Refused, request: Request, topology: Topology) ->
     has = topology.chip.hbm_bytes
     if isinstance(result, Refused):
         if result.needed:
-            needed, available = result.needed / _GIB, result.available / _GIB
-            return (
-                f"does not fit: needs {needed:.1f} GiB a core and the compiler has {available:.1f} of {has / _GIB:.0f}"
-            )
+            needed, left = _gib(result.needed), f"{result.available / _GIB:.2f}"
+            return f"does not fit: needs at least {needed} GiB a core, and programs have {left} of {has / _GIB:.0f}"
         return f"does not compile: {result.reason}"
     line = roofline(result, topology)
     rate = request.batch_per_core / line.seconds
     return (
-        f"fits: {result.memory.total / _GIB:.1f} of {has / _GIB:.0f} GiB; {line.bound}-bound: at most {rate:,.0f} "
+        f"fits: {_gib(result.memory.total)} of {has / _GIB:.0f} GiB; {line.bound}-bound: at most {rate:,.0f} "
         f"images/s a chip; {_shuffle(result, request)}"
     )
 
 
 def _shuffle(result: Compiled, request: Request) -> str:
-    moved = sum(c.received for c in result.collectives if c.part == "key_shuffle")
+    moved = sum(c.received for c in result.exchanged if c.part == "key_shuffle")
     if moved:
         return f"the key shuffle brings each core {_size(moved)} a step"
     return f"no key shuffle between cores (key_bn.mode={request.train.key_bn.mode.name})"
+
+
+def _gib(count: float) -> str:
+    size = count / _GIB
+    return f"{size:.1f}" if size >= 0.1 else f"{size:.2g}"
 
 
 def _size(count: float) -> str:
@@ -172,7 +175,10 @@ def _tables(result: Compiled, topology: Topology) -> Iterator[str]:
         ("a step at the least", "ms"),
         (f"compute, {result.flops:.3g} FLOPs", f"{line.compute * 1e3:,.2f}"),
         (f"memory, {_size(result.bytes_accessed)} accessed", f"{line.memory * 1e3:,.2f}"),
-        (f"interconnect, {_size(sum(c.received for c in result.collectives))}", f"{line.interconnect * 1e3:,.2f}"),
+        (
+            f"interconnect, {_size(sum(c.received for c in result.exchanged))} received",
+            f"{line.interconnect * 1e3:,.2f}",
+        ),
         ("", ""),
         ("bytes accessed by", "share"),
         *_shares(result.bytes_by_part),
@@ -181,9 +187,10 @@ def _tables(result: Compiled, topology: Topology) -> Iterator[str]:
         left, right = ((column[index] if index < len(column) else ("", "")) for column in (rows, roof))
         yield f"  {left[0]:<22}{left[1]:>12}    {right[0]:<32}{right[1]:>12}".rstrip()
     yield f"  {'exchanged between the cores':<62}{'kind':<20}{'received':>10}"
-    for c in result.collectives:
+    for c in result.exchanged:
         yield f"  {PARTS[c.part] + ' (' + c.part + ')':<62}{c.kind:<20}{_size(c.received):>10}"
-    yield f"  compiled in {result.seconds:,.0f} s by {versions}"
+    made = ", ".join(f"{count} {kind}" for kind, count in result.collective_instructions.items()) or "no collective"
+    yield f"  compiled in {result.seconds:,.0f} s by {versions}: {made}"
 
 
 def hbm_parts(result: Compiled) -> dict[str, int]:
@@ -235,7 +242,9 @@ def as_json(request: Request, topology: Topology, result: Compiled | Refused, fi
         "bytes_accessed": result.bytes_accessed,
         "bytes_by_part": result.bytes_by_part,
         "hbm_bytes_by_part": result.hbm_bytes_by_part,
+        "exchanged": [vars(c) for c in result.exchanged],
         "collectives": [vars(c) for c in result.collectives],
+        "collective_instructions": result.collective_instructions,
         "roofline": {
             **vars(line),
             "bound": line.bound,

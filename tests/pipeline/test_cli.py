@@ -14,8 +14,8 @@ from pipeline import bench, cli
 from trainer_module.errors import UserError
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = ["demo", "run", "test", "embed", "weights", "bench"]
-HEAVY = ("tensorflow", "tfx", "apache_beam", "pandas", "keras", "ml_metadata", "pyarrow")
+COMMANDS = ["demo", "run", "test", "embed", "weights", "bench", "tpu-report"]
+HEAVY = ("jax", "tensorflow", "tfx", "apache_beam", "pandas", "keras", "ml_metadata", "pyarrow")
 
 
 def refused(capsys: pytest.CaptureFixture, *arguments: str) -> str:
@@ -52,7 +52,7 @@ def test_every_command_explains_itself_with_an_example(capsys, command):
 
 def test_the_help_lists_the_commands_that_there_are_and_no_others(capsys):
     assert cli.main(["--help"]) == 0
-    assert re.findall(r"^    (\w+)", capsys.readouterr().out, re.MULTILINE) == COMMANDS
+    assert re.findall(r"^    ([\w-]+)", capsys.readouterr().out, re.MULTILINE) == COMMANDS
 
 
 def test_the_help_of_bench_lists_the_benchmarks_that_there_are(capsys):
@@ -76,6 +76,9 @@ def test_the_help_of_bench_lists_the_benchmarks_that_there_are(capsys):
         ["run", "--images", "x", "--workdir", "y", "--set", "encoder.weights=y.pth"],
         ["run", "--images", "x", "--workdir", "y", "--set", "encoder=keras.nothing", "--set", "encoder.width=8"],
         ["bench", "--help"],
+        ["tpu-report", "--help"],
+        ["tpu-report", "--topology", "v5e:3x5"],
+        ["tpu-report", "--set", "train.key_bn.mode=all_to_all", "--batch-per-core", "30"],
         ["rnu"],
         ["run"],
         ["run", "--images", "x", "--workdir", "y", "--config", "moco_v3"],
@@ -99,7 +102,7 @@ def test_help_and_refusals_import_nothing_heavy(arguments):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ([], ["no command", "demo, run, test, embed, weights, bench"]),
+        ([], ["no command", "demo, run, test, embed, weights, bench, tpu-report"]),
         (["rnu"], ["'rnu'", "did you mean run?"]),
         (["--debgu"], ["--debgu", "the command comes first"]),
         (["run"], ["--images", "--workdir", "./moco run --help"]),
@@ -112,6 +115,25 @@ def test_help_and_refusals_import_nothing_heavy(arguments):
         (["bench", "nothing-like-it"], ["'nothing-like-it' is no benchmark", "Benchmarks: "]),
         (["bench", "ingest", "--out", "somewhere"], ["--out somewhere", "ingest only prints figures"]),
         (["bench"], ["NAME", "./moco bench --help"]),
+        (["tpu-report", "--topology", "v5e:2x3"], ["v5e:2x3", "did you mean v5e:2x", "1x1, 2x2, 2x4"]),
+        (["tpu-report", "--topology", "v9:2x2"], ["v9:2x2", "no such TPU slice", "v5e:2x4"]),
+        (["tpu-report", "--batch-per-core", "0"], ["--batch-per-core 0", "at least 1"]),
+        (["tpu-report", "--batch-per-core", "many"], ["--batch-per-core", "many"]),
+        (["tpu-report", "--config", "moco_v3"], ["--config moco_v3", "moco_v2"]),
+        (["tpu-report", "--json", "/nowhere/x.json"], ["--json /nowhere/x.json", "does not exist"]),
+        (
+            ["tpu-report", "--topology", "v5e:4x4", "--set", "train.global_batch=264"],
+            ["train.global_batch=264", "the 16 cores of v5e:4x4", "--batch-per-core 16"],
+        ),
+        (
+            ["tpu-report", "--set", "train.key_bn.mode=all_to_all", "--batch-per-core", "30"],
+            ["train.key_bn.mode=all_to_all", "8 cores of v5e:2x4", "--batch-per-core 32"],
+        ),
+        (
+            ["tpu-report", "--set", "train.key_bn.mode=split", "--batch-per-core", "30"],
+            ["train.key_bn.groups=8", "30 images", "--batch-per-core 32"],
+        ),
+        (["tpu-report", "--batch-per-core", "10000"], ["--batch-per-core 10000", "train.queue=80000"]),
     ],
 )
 def test_a_usage_error_is_one_line_with_the_mend_and_code_2(capsys, arguments, words):

@@ -17,6 +17,13 @@ def python_of(environment: side_env.SideEnvironment) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tpu_environments():
+    """Both are there, or the test is skipped."""
+    for environment in (side_env.TPU_LOWER, side_env.TPU_COMPILE):
+        python_of(environment)
+
+
+@pytest.fixture(scope="session")
 def lowering_worker():
     """Lowers steps, with a planted fault if asked."""
     program = Path(__file__).with_name("_lower_with_fault.py")
