@@ -205,5 +205,6 @@ def _diverged(what: str, kept: int | None, config: TrainConfig) -> str:
     checkpoint = "there is no checkpoint yet" if kept is None else f"the checkpoint of step {kept} is kept"
     return (
         f"training diverged: {what}; lower train.learning_rate (now {config.learning_rate:g}) "
-        f"or raise train.temperature (now {config.temperature:g}); {checkpoint}"
+        f"or raise train.temperature (now {config.temperature:g}) and train anew, in another --workdir or without "
+        f"the checkpoints of this one; {checkpoint}"
     )

@@ -8,10 +8,11 @@ from pathlib import Path
 import tensorflow as tf
 
 from trainer_module import progress
-from trainer_module.config import Precision, StrategyKind, TpuConfig, TrainConfig
+from trainer_module.config import KeyBnMode, Precision, StrategyKind, TpuConfig, TrainConfig
 from trainer_module.errors import UserError
 
 LOCAL_TPU = "local"
+_OVER_REPLICAS = (KeyBnMode.cross_replica_sum, KeyBnMode.all_to_all, KeyBnMode.host)
 _TPU_STEPS_PER_LOOP = 100
 _SECONDS_TO_ANSWER = 10.0  # for the network to say whether there is a TPU of that name
 _GOOGLE = "0x1ae0"  # PCI vendor
@@ -81,6 +82,11 @@ def choose_strategy(config: TrainConfig) -> tf.distribute.Strategy:
     else:
         strategy = make_strategy(config.replicas)
     _check_shares(config.global_batch, strategy.num_replicas_in_sync)
+    if strategy.num_replicas_in_sync == 1 and config.key_bn.mode in _OVER_REPLICAS:
+        progress.note(
+            f"train.key_bn.mode={config.key_bn.mode.name} has nothing to shuffle on one replica, so batch statistics "
+            "may betray the positives; e.g. train.key_bn.mode=split"
+        )
     return strategy
 
 

@@ -8,7 +8,7 @@ import pytest
 import tensorflow as tf
 
 from trainer_module import strategy
-from trainer_module.config import Precision, StrategyKind, TpuConfig, TrainConfig
+from trainer_module.config import KeyBnConfig, KeyBnMode, Precision, StrategyKind, TpuConfig, TrainConfig
 from trainer_module.errors import UserError
 
 CONFIG = TrainConfig(replicas=2, global_batch=12)
@@ -57,6 +57,14 @@ def test_a_strategy_of_tpu_without_a_name_looks_for_one_on_this_machine():
 def test_a_batch_that_the_cores_cannot_share_is_refused_with_the_nearest_ones():
     with pytest.raises(UserError, match=r"global_batch=10 is not divisible by the 4 cores .* e.g. .*=8 or 12"):
         strategy.choose_strategy(with_strategy("mirrored", replicas=4, global_batch=10))
+
+
+@ON_CPU
+@pytest.mark.parametrize(("mode", "said"), [("cross_replica_sum", 1), ("host", 1), ("split", 0), ("ema", 0)])
+def test_a_shuffle_over_one_replica_is_said_to_be_none(caplog, mode, said):
+    with caplog.at_level("INFO"):
+        strategy.choose_strategy(with_strategy("single", key_bn=KeyBnConfig(KeyBnMode[mode])))
+    assert ["has nothing to shuffle on one replica" in r.getMessage() for r in caplog.records] == [True] * said
 
 
 def pci_device(folder, vendor, device):
