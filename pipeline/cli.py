@@ -546,7 +546,7 @@ def user_error(error: BaseException) -> str | None:
         text = str(link)
         if found := re.search(r"^(?:[\w.]+\.)?UserError: (.+)$", text, re.MULTILINE):
             return _without_step(found[1])
-        if re.search(r"\[Errno 28\]|No space left on device", text):
+        if re.search(r"\[Errno 28\]|No space left on device|database or disk is full", text):
             return "no space left on the disk; free some or choose another folder"
     return None
 

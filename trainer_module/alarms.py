@@ -8,12 +8,10 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer_module.config import TrainConfig
+from trainer_module.config import TrainConfig, shuffles_replicas
 from trainer_module.errors import UserError
 
-# Modes of train.key_bn by name: those that leak by design, and those that shuffle over the replicas.
-_LEAKS = ("none", "sync")
-_NEEDS_REPLICAS = ("cross_replica_sum", "all_to_all", "butterfly", "auto", "host")
+_LEAKS = ("none", "sync")  # by design
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,7 +146,7 @@ def _leak_mend(config: TrainConfig) -> str:
             f"batch statistics betray the positive (train.key_bn.mode={mode}); set train.key_bn.mode=cross_replica_sum "
             f"with train.replicas={max(2, config.replicas)}"
         )
-    if mode in _NEEDS_REPLICAS and config.replicas == 1:
+    if shuffles_replicas(config.key_bn.mode) and config.replicas == 1:
         return (
             f"batch statistics betray the positive (train.key_bn.mode={mode} has nothing to shuffle on one replica); "
             "set train.replicas=2"
@@ -205,5 +203,6 @@ def _diverged(what: str, kept: int | None, config: TrainConfig) -> str:
     checkpoint = "there is no checkpoint yet" if kept is None else f"the checkpoint of step {kept} is kept"
     return (
         f"training diverged: {what}; lower train.learning_rate (now {config.learning_rate:g}) "
-        f"or raise train.temperature (now {config.temperature:g}); {checkpoint}"
+        f"or raise train.temperature (now {config.temperature:g}) and train anew, in another --workdir or without "
+        f"the checkpoints of this one; {checkpoint}"
     )

@@ -6,8 +6,9 @@ from typing import NamedTuple
 import tensorflow as tf
 
 from trainer_module.batch_norm import batch_norms
-from trainer_module.config import EncoderConfig, TrainConfig
+from trainer_module.config import EncoderConfig, KeyBnMode, TrainConfig
 from trainer_module.encoder import Encoder, build_encoder
+from trainer_module.errors import UserError
 from trainer_module.moco import MoCo, State, initial_state
 from trainer_module.shuffle import key_encoding, ring_size
 
@@ -39,9 +40,17 @@ def build(
         learning_rate: step -> float32[].
         seed: of weights and permutations.
         hosts: that feed the replicas.
+
+    Raises:
+        UserError: encoder.name cannot be an encoder, or has no batch normalisation whose statistics could be stored.
     """
     layers = batch_norms(train.key_bn)
     query = build_encoder(encoder, size, train.precision, seed, layers.query)
+    if train.key_bn.mode is KeyBnMode.stored and not query.model.non_trainable_variables:
+        raise UserError(
+            f"train.key_bn.mode=stored keeps statistics of batch normalisation, and encoder.name={encoder.name} has "
+            "none; e.g. train.key_bn.mode=none, which cannot leak here"
+        )
     same = layers.key is layers.query
     key_model = None if same else build_encoder(encoder, size, train.precision, seed, layers.key).model
     moco = MoCo(

@@ -61,6 +61,12 @@ class Checkpoints:
         self._directory, self._keep, self._identity = directory, keep, identity
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
+        self._whole: int | None = None
+
+    @property
+    def whole(self) -> int | None:
+        """Step of the last checkpoint that was written to its end since the start."""
+        return self._whole
 
     def newest(self) -> Saved | None:
         """The newest checkpoint that is whole, or None where none was ever written.
@@ -118,6 +124,7 @@ class Checkpoints:
             shape_and_slices=["", *("" for _ in tensors)],
             tensors=[json.dumps(contents._asdict()), *tensors.values()],
         )
+        self._whole = step
         # A later step than this one was found damaged, else training would have gone on from there.
         kept = [s for s in _steps(self._directory) if s <= step][: self._keep]
         _remove(self._directory, [name for name, s in _files(self._directory) if s not in kept])
@@ -208,4 +215,5 @@ def _restore(prefix: str, dtypes: Mapping[str, str]) -> list[np.ndarray]:
 
 
 def _reason(error: tf.errors.OpError) -> str:
-    return str(error.message).splitlines()[0][:100]
+    # Before the reason TensorFlow writes the graph's node that failed.
+    return re.sub(r"\{\{.*?\}\} ?", "", str(error.message)).splitlines()[0][:100]

@@ -275,6 +275,17 @@ def share_unit(key_bn: KeyBnConfig, replicas: int) -> int:
     return units.get(key_bn.mode, 1)
 
 
+def shuffles_replicas(mode: KeyBnMode) -> bool:
+    """Whether a mode shuffles key views over the replicas, and so does nothing on one."""
+    return mode in (
+        KeyBnMode.cross_replica_sum,
+        KeyBnMode.all_to_all,
+        KeyBnMode.butterfly,
+        KeyBnMode.auto,
+        KeyBnMode.host,
+    )
+
+
 def is_power_of_two(number: int) -> bool:
     """Of replicas, the mode `butterfly` needs one."""
     return number > 0 and number & (number - 1) == 0

@@ -279,7 +279,8 @@ def _save(driver: Driver, checkpoints: Checkpoints, watch: Watch) -> None:
         state = driver.state()
         watch.check_finite(int(state.step), state)
         checkpoints.save(int(state.step), named(state))
-    watch.saved(int(state.step))
+    if checkpoints.whole is not None:
+        watch.saved(checkpoints.whole)
 
 
 def _write_result(result: Result, checkpoint_dir: str) -> None:

@@ -4,9 +4,11 @@ Epoch e uses pair e of every image (modulo the stored pairs where only Beam make
 depends on (seed, epoch) alone, so training can go on from any step with the very batches that it would have seen.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import posixpath
 from collections.abc import Iterator, Mapping
@@ -86,6 +88,31 @@ def _check_file(path: str, size: int) -> None:
         raise UserError(f"{path} is missing: delete its folder and run again to make the views again") from None
     if found != size:
         raise UserError(f"{path} has {found} bytes instead of {size}: delete its folder and run again") from None
+
+
+@contextlib.contextmanager
+def damage_named(source: Source) -> Iterator[None]:
+    """Names the damaged file where a record turns out to be damaged while the files are read.
+
+    Raises:
+        UserError: in place of TensorFlow's error, which does not say where.
+    """
+    try:
+        yield
+    except tf.errors.DataLossError:
+        for name in itertools.chain(source.stored, *source.views):
+            path = posixpath.join(source.directory, name)
+            if not _is_whole(path):
+                raise UserError(f"{path} is damaged: delete its folder and run again to make the views again") from None
+        raise
+
+
+def _is_whole(path: str) -> bool:
+    try:
+        tf.data.TFRecordDataset(path).reduce(0, lambda count, _: count + 1)
+    except tf.errors.DataLossError:
+        return False
+    return True
 
 
 def steps_per_epoch(source: Source, global_batch: int) -> int:

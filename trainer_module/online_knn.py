@@ -74,9 +74,8 @@ def _check_file(path: str, size: int) -> None:
     except tf.errors.NotFoundError:
         found = 0
     if found != size:
-        raise UserError(
-            f"{path} has {found} bytes instead of {size}: delete its folder's parent and run again to make it again"
-        )
+        folder = posixpath.dirname(posixpath.dirname(path))
+        raise UserError(f"{path} has {found} bytes instead of {size}: delete {folder} and run again to make it again")
 
 
 def backbone_embedder(

@@ -16,7 +16,7 @@ from trainer_module.config import AugmentConfig, EncoderConfig, ImageConfig, Key
 from trainer_module.driver import Driver, learning_rate, train
 from trainer_module.export import ENCODED, EncoderModule, EvaluationModule, save_encoder, save_evaluation
 from trainer_module.images import check_channel_statistics, eval_resize
-from trainer_module.input import Source, dataset_from, open_source, steps_per_epoch
+from trainer_module.input import Source, damage_named, dataset_from, open_source, steps_per_epoch
 from trainer_module.online_knn import backbone_embedder, make_online_knn
 from trainer_module.strategy import choose_strategy, host_count
 from trainer_module.torch_weights import load_initial_weights, moco_tensors, write_tensors
@@ -88,6 +88,7 @@ def run_fn(fn_args: Any) -> None:
     steps = steps_per_epoch(source, config.global_batch)
 
     strategy = choose_strategy(config)
+    config = dataclasses.replace(config, replicas=strategy.num_replicas_in_sync)
     encoder, moco = build(
         experiment.encoder,
         config,
@@ -103,25 +104,18 @@ def run_fn(fn_args: Any) -> None:
     driver = Driver(moco, config, strategy)
     knn = make_online_knn(split_dir, config.watch, backbone_embedder(strategy, encoder, *driver.query, *statistics))
     logs = posixpath.join(experiment.checkpoints, "logs")
-    result = train(
-        driver,
-        strategy,
-        functools.partial(
-            dataset_from,
-            source,
-            experiment.augment,
-            experiment.seed,
-            config.epochs,
-            config.global_batch,
-            shuffled_keys=config.key_bn.mode is KeyBnMode.host,
-        ),
-        config,
-        steps,
-        experiment.checkpoints,
-        logs,
-        {**experiment.identity(), "images": identity_of_images(source, statistics)},
-        knn,
+    views_from = functools.partial(
+        dataset_from,
+        source,
+        experiment.augment,
+        experiment.seed,
+        config.epochs,
+        config.global_batch,
+        shuffled_keys=config.key_bn.mode is KeyBnMode.host,
     )
+    identity = {**experiment.identity(), "images": identity_of_images(source, statistics)}
+    with damage_named(source):
+        result = train(driver, strategy, views_from, config, steps, experiment.checkpoints, logs, identity, knn)
     _copy_files(posixpath.join(logs, "train"), posixpath.join(fn_args.model_run_dir, "train"))
     driver.copy_weights_to(encoder.model)
     trained = make_encoder_module(encoder.backbone, transform, statistics, experiment)

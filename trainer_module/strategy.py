@@ -16,6 +16,7 @@ from trainer_module.config import (
     TrainConfig,
     is_power_of_two,
     share_unit,
+    shuffles_replicas,
 )
 from trainer_module.errors import UserError
 
@@ -89,6 +90,11 @@ def choose_strategy(config: TrainConfig) -> tf.distribute.Strategy:
     else:
         strategy = make_strategy(config.replicas)
     _check_shares(config, strategy.num_replicas_in_sync)
+    if strategy.num_replicas_in_sync == 1 and shuffles_replicas(config.key_bn.mode):
+        progress.note(
+            f"train.key_bn.mode={config.key_bn.mode.name} has nothing to shuffle on one replica, so batch statistics "
+            "may betray the positives; e.g. train.key_bn.mode=split"
+        )
     return strategy
 
 

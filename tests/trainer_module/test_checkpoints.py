@@ -54,6 +54,26 @@ def test_the_newest_comes_back_to_the_bit_and_no_more_than_asked_for_are_kept(tm
     ]
 
 
+def test_on_a_file_system_that_is_no_local_one_checkpoints_come_and_go_likewise():
+    """TensorFlow's file system in memory is reached as gs:// is: by its scheme, and by tf.io.gfile alone."""
+    folder = "ram://bucket/run/checkpoints"
+    assert newest(folder) is None
+    write(folder, [5, 90, 1000])
+    assert_holds(newest(folder), 1000)
+    names = {name.split(".")[0] for name in tf.io.gfile.listdir(folder)}
+    assert {name for name in names if name.startswith("step")} == {"step-00000090", "step-00001000"}
+    tf.io.gfile.remove(f"{folder}/step-00001000.data-00000-of-00001")
+    assert_holds(newest(folder), 90)
+
+
+def test_a_checkpoint_counts_as_whole_only_once_it_is_written(tmp_path):
+    checkpoints = Checkpoints(str(tmp_path), 2, IDENTITY)
+    assert checkpoints.whole is None
+    checkpoints.save(5, tensors(5))
+    checkpoints.wait()
+    assert checkpoints.whole == 5
+
+
 def test_a_folder_that_is_missing_or_empty_holds_no_checkpoint(tmp_path):
     assert newest(tmp_path) is None
     assert newest(tmp_path / "none") is None
@@ -112,6 +132,7 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before_and_says_so(wr
         assert "step-00000020 is damaged" in said.note
         assert said.note.endswith("training goes on from step 10")
         assert "\n" not in said.note
+        assert "{{" not in said.note
 
 
 def test_after_a_fall_back_the_damaged_one_is_the_first_to_go(written, tmp_path):

@@ -5,6 +5,7 @@ import gc
 import logging
 import signal
 
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -93,6 +94,14 @@ def test_the_loss_falls_and_the_positive_is_found(model, tmp_path):
     assert result.steps == 15 * STEPS
     assert result.pretext_top1 > 0.3  # chance is 1 in 65
     assert result.final_loss < np.log(65)
+
+
+def test_an_encoder_without_batch_normalisation_trains_over_replicas(tmp_path):
+    image = keras.Input((SIDE, SIDE, 3))
+    x = keras.layers.GlobalAveragePooling2D()(keras.layers.Conv2D(8, 3, strides=2, activation="relu")(image))
+    state, result = run(keras.Model(image, keras.layers.Dense(16)(x)), tmp_path, epochs=1)
+    assert state.query_stats == []
+    assert np.isfinite(result.final_loss)
 
 
 def test_a_resumed_run_ends_with_the_state_of_an_uninterrupted_one_to_the_bit(model, tmp_path, whole):

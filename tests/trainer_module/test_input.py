@@ -10,7 +10,7 @@ from view_files import write_views
 from trainer_module import input as trainer_input
 from trainer_module.config import AugmentConfig, Where
 from trainer_module.errors import UserError
-from trainer_module.input import dataset_from, open_source, steps_per_epoch
+from trainer_module.input import damage_named, dataset_from, open_source, steps_per_epoch
 from trainer_module.strategy import make_strategy
 from trainer_module.views import view_pair
 
@@ -141,6 +141,24 @@ def test_a_missing_or_truncated_shard_is_named_and_refused(split_dir, tmp_path, 
         victim.write_bytes(victim.read_bytes()[:-7])
     with pytest.raises(UserError, match=victim.name):
         open_source(str(copy), BEAM)
+
+
+def test_a_flipped_bit_that_only_reading_finds_names_its_shard(split_dir, tmp_path):
+    for file in split_dir.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    victim = tmp_path / "views-p0001-00001-of-00003.tfrecord"
+    content = bytearray(victim.read_bytes())
+    content[len(content) // 2] ^= 1
+    victim.write_bytes(content)
+    source = dataclasses.replace(open_source(str(split_dir), BEAM), directory=str(tmp_path))
+    with pytest.raises(UserError, match=rf"{victim} is damaged: delete its folder"), damage_named(source):
+        list(dataset_from(source, BEAM, SEED, 2, 5, 0, tf.distribute.InputContext()))
+
+
+def test_damage_that_is_not_in_the_views_keeps_its_traceback(split_dir):
+    damage = tf.errors.DataLossError(None, None, "elsewhere")
+    with pytest.raises(tf.errors.DataLossError, match="elsewhere"), damage_named(open_source(str(split_dir), BEAM)):
+        raise damage
 
 
 def test_views_of_another_size_are_refused(split_dir):

@@ -6,7 +6,8 @@ import pytest
 import tensorflow as tf
 
 from trainer_module.batch_norm import FusedBatchNormalization
-from trainer_module.config import EncoderConfig, Head, Precision
+from trainer_module.build import build
+from trainer_module.config import EncoderConfig, Head, KeyBnConfig, KeyBnMode, Precision, TrainConfig
 from trainer_module.encoder import build_encoder
 from trainer_module.errors import UserError
 from trainer_module.torch_weights import load_initial_weights, torch_tensors, write_tensors
@@ -168,3 +169,10 @@ def test_what_cannot_be_an_encoder_is_refused_in_one_line(function, words):
     assert len(text.splitlines()) == 1
     for word in words:
         assert word in text
+
+
+def test_statistics_that_an_encoder_does_not_have_cannot_be_stored():
+    config = TrainConfig(queue=64, global_batch=8, key_bn=KeyBnConfig(KeyBnMode.stored))
+    encoder = EncoderConfig("keras.applications.VGG16", dim=8)
+    with pytest.raises(UserError, match=r"mode=stored .* encoder.name=keras.applications.VGG16 has none; e.g. "):
+        build(encoder, config, 32, (0.0,) * 3, (1.0,) * 3, lambda step: step, 0)

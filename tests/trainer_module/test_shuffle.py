@@ -160,14 +160,34 @@ def test_auto_is_the_mode_with_the_least_traffic_that_the_replicas_allow():
 
 
 def test_moving_whole_shards_round_the_cores_leaks_and_is_no_mode(in_lockstep):
-    """The key's group stays the set of its query's images: the share is 1, where a shuffle has about 1 / R."""
-    count, n = 4, 8
-    home = np.repeat(np.arange(count), n)
-    rotated = [(home + step) % count for step in range(1, 30)]
-    assert shared_partners(rotated, count, n) == 1.0
-    groups = groups_of_steps(in_lockstep, KeyBnMode.all_to_all, count, n, 2, range(30))
-    assert shared_partners(groups, count, n) < 0.5
-    assert "rotate" not in {mode.name for mode in KeyBnMode}
+    """The key's group stays its query's set of images, so its batch normalisation is that of no shuffle, to the bit."""
+    count, n = 4, 6
+    x = tf.constant(np.random.default_rng(0).integers(0, 256, (count * n, 2, 2, 3)), tf.uint8)
+    norm = FusedBatchNormalization()
+    norm.build((n, 2, 2, 3))
+
+    def f_k(images, stats, training=True):
+        normal, _ = norm.normalize_by_itself(tf.cast(images, tf.float32))
+        return tf.reshape(normal, [n, -1]), stats
+
+    def rotate(f_k, x_k, replica, seed, memory):
+        home = replica.index * n + tf.range(n)
+        places = (home + n) % (count * n)
+        own = own_rows(replica, gather(replica, tf.cast(x_k, tf.int32), places))
+        k, stats = f_k(tf.cast(own, tf.uint8), memory.key)
+        everyone = gather(replica, k, (home - n) % (count * n))
+        return shuffle.Keys(own_rows(replica, everyone), everyone, stats, memory.ring)
+
+    def keys_of(encode):
+        args = tf.constant([3, 1]), NOTHING
+        return in_lockstep(count, lambda r: encode(f_k, own_rows(r, x), r, *args).everyone.numpy())[0]
+
+    leaking = keys_of(key_encoding(KeyBnMode.none))
+    np.testing.assert_array_equal(keys_of(rotate), leaking)
+    for mode in (KeyBnMode.cross_replica_sum, KeyBnMode.butterfly):
+        assert np.abs(keys_of(key_encoding(mode)) - leaking).max(1).min() > 1e-3, mode
+    with pytest.raises(KeyError):
+        KeyBnMode["rotate"]
 
 
 # Whole steps with a real network.

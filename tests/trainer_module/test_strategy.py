@@ -79,6 +79,16 @@ def test_a_butterfly_over_cores_that_are_no_power_of_two_is_refused_with_what_wo
         strategy.choose_strategy(config)
 
 
+@ON_CPU
+@pytest.mark.parametrize(
+    ("mode", "said"), [("cross_replica_sum", 1), ("auto", 1), ("host", 1), ("split", 0), ("ema", 0)]
+)
+def test_a_shuffle_over_one_replica_is_said_to_be_none(caplog, mode, said):
+    with caplog.at_level("INFO"):
+        strategy.choose_strategy(with_strategy("single", key_bn=KeyBnConfig(KeyBnMode[mode])))
+    assert ["has nothing to shuffle on one replica" in r.getMessage() for r in caplog.records] == [True] * said
+
+
 def pci_device(folder, vendor, device):
     folder.mkdir(parents=True)
     (folder / "vendor").write_text(f"{vendor}\n")
