@@ -85,7 +85,7 @@ def test_a_butterfly_over_cores_that_are_no_power_of_two_is_refused_with_what_wo
 )
 def test_a_shuffle_over_one_replica_is_said_to_be_none(caplog, mode, said):
     with caplog.at_level("INFO"):
-        strategy.choose_strategy(with_strategy("single", key_bn=KeyBnConfig(KeyBnMode[mode])))
+        strategy.choose_strategy(with_strategy("single", global_batch=16, key_bn=KeyBnConfig(KeyBnMode[mode])))
     assert ["has nothing to shuffle on one replica" in r.getMessage() for r in caplog.records] == [True] * said
 
 
