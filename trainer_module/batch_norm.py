@@ -18,6 +18,7 @@ from trainer_module.replica import entered_replica, mean
 Moments = tuple[tf.Tensor, tf.Tensor]
 
 
+@keras.saving.register_keras_serializable("moco")
 class FusedBatchNormalization(keras.layers.Layer):
     """Normalises with the local batch's statistics, as one fused op, forward and backward.
 
@@ -96,6 +97,7 @@ class FusedBatchNormalization(keras.layers.Layer):
         return {**super().get_config(), "momentum": self.momentum, "epsilon": self.epsilon}
 
 
+@keras.saving.register_keras_serializable("moco")
 class SplitBatchNormalization(FusedBatchNormalization):
     """Normalises each of several groups of the local batch by itself, as that many devices would.
 
@@ -120,6 +122,7 @@ class SplitBatchNormalization(FusedBatchNormalization):
         return {**super().get_config(), "groups": self.groups}
 
 
+@keras.saving.register_keras_serializable("moco")
 class SyncBatchNormalization(FusedBatchNormalization):
     """Normalises with the statistics of the global batch, summed over the replicas of the step."""
 
@@ -135,18 +138,35 @@ class SyncBatchNormalization(FusedBatchNormalization):
         return y, (first, variance * count / tf.maximum(count - 1, 1))
 
 
+@keras.saving.register_keras_serializable("moco")
 class ShuffledBatchNorm(FusedBatchNormalization):
     """Normalises with statistics that it is given and never, in training, with those of the batch at hand.
 
     For a key encoder: a key's normalisation then tells nothing of the batch that holds its query, on one device and
     with no traffic. The statistics are `bn_stats`, or else those in moving_mean and moving_variance; a training call
-    leaves the batch's own ones there for a KeyQueue to keep (trainer_module.keras_api). Called with training=False it
-    normalises likewise and leaves everything as it is.
+    leaves the batch's own ones there for a KeyQueue to keep (trainer_module.key_queue). Called with training=False it
+    normalises likewise and leaves everything as it is. Statistics are float32 under every dtype policy.
+
+    Example:
+        import tensorflow as tf
+        from trainer_module.keras_api import ShuffledBatchNorm
+
+        norm = ShuffledBatchNorm()
+        x = tf.random.normal([8, 4, 4, 3])
+        y = norm(x, training=True, bn_stats=(tf.zeros([3]), tf.ones([3])))
+        observed = [norm.moving_mean.value, norm.moving_variance.value]    # of x, for the normalisation of later keys
     """
+
+    def __init__(self, momentum: float = 0.9, epsilon: float = 1e-5, **kwargs: Any) -> None:
+        # Keras would cast every argument to the activations' type, the statistics too.
+        super().__init__(momentum, epsilon, autocast=False, **kwargs)
 
     def call(self, x: tf.Tensor, training: bool = False, bn_stats: Moments | None = None) -> tf.Tensor:
         """x: [N, H, W, C], bn_stats: mean and variance, float32[C] each -> [N, H, W, C]."""
-        y = self.normalize(x, bn_stats or self.running())
+        x = tf.cast(x, self.compute_dtype)
+        given = self.running() if bn_stats is None else bn_stats
+        given_mean, given_variance = (tf.cast(value, tf.float32) for value in given)
+        y = self.normalize(x, (given_mean, given_variance))
         if training:
             _, (batch_mean, variance) = self.normalize_by_itself(x)
             self.moving_mean.assign(batch_mean)

@@ -12,7 +12,7 @@ import keras
 import tensorflow as tf
 
 from trainer_module.key_queue import enqueue
-from trainer_module.replica import Replica, entered, mean
+from trainer_module.replica import Replica, SingleReplica, entered, mean
 from trainer_module.shuffle import KeyEncoding, Memory
 
 Tensors = list[tf.Tensor]
@@ -96,7 +96,21 @@ class MoCo:
         """uint8[N, H, W, 3] -> unit embeddings float32[N, C] and new BN statistics."""
         x = (tf.cast(x, tf.float32) - self.mean) / self.std
         embedding, stats = (model or self.model).stateless_call(parameters, stats, x, training=training)
+        if embedding.dtype.size < tf.float32.size:  # a float64 reference keeps its own
+            embedding = tf.cast(embedding, tf.float32)
         return tf.math.l2_normalize(embedding, axis=1), stats
+
+    def evaluate(self, state: State, x_q: tf.Tensor, x_k: tf.Tensor) -> Metrics:
+        """What the step would report of these views, in inference mode and with nothing changed; on one device.
+
+        Args:
+            state: whose queue holds the negatives.
+            x_q, x_k: uint8[N, H, W, 3] each, any N.
+        """
+        q, _ = self.encode(state.query, state.query_stats, x_q, training=False)
+        k, _ = self.encode(state.key, state.key_stats, x_k, training=False, model=self.key_model)
+        loss, l_pos, l_neg = _info_nce(q, k, state.queue, self.temperature)
+        return _measure(loss, q, l_pos, l_neg, self.learning_rate(state.step), SingleReplica())
 
     def step(self, state: State, x_q: tf.Tensor, x_k: tf.Tensor, replica: Replica) -> tuple[State, Metrics]:
         """One step on this replica's views, uint8[N, H, W, 3] each; pure.
@@ -124,12 +138,8 @@ class MoCo:
             with tf.name_scope("query_encoder"):
                 q, query_stats = self.encode(state.query, state.query_stats, x_q)
             with tf.name_scope("loss"):
-                l_pos = tf.reduce_sum(q * k, axis=1, keepdims=True)  # Nx1
-                negatives = tf.cast(state.queue, q.dtype)  # KxC, as they were before this step
-                l_neg = tf.matmul(q, negatives, transpose_b=True)  # NxK
-                logits = tf.concat([l_pos, l_neg], axis=1) / self.temperature  # Nx(1+K)
-                labels = tf.zeros_like(logits[:, 0], tf.int32)  # the positive is the first
-                loss = tf.reduce_mean(tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits))
+                # The negatives are those from before this step
+                loss, l_pos, l_neg = _info_nce(q, k, state.queue, self.temperature)
         with tf.name_scope("gradients"):
             gradients = mean(replica, tape.gradient(loss, state.query))
 
@@ -159,6 +169,17 @@ class MoCo:
         )
         with tf.name_scope("metrics"):
             return new, _measure(loss, q, l_pos, l_neg, rate, replica)
+
+
+def _info_nce(
+    q: tf.Tensor, k: tf.Tensor, queue: tf.Tensor, temperature: float
+) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    """Loss and cosines with the positives and with the queue."""
+    l_pos = tf.reduce_sum(q * k, axis=1, keepdims=True)  # Nx1
+    l_neg = tf.matmul(q, tf.cast(queue, q.dtype), transpose_b=True)  # NxK
+    logits = tf.concat([l_pos, l_neg], axis=1) / temperature  # Nx(1+K)
+    labels = tf.zeros_like(logits[:, 0], tf.int32)  # the positive is the first
+    return tf.reduce_mean(tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits)), l_pos, l_neg
 
 
 def _measure(

@@ -312,6 +312,16 @@ def test_shuffled_layer_normalises_with_what_it_is_given_and_leaves_what_it_saw(
     np.testing.assert_array_equal(layer.moving_mean.numpy(), before)
 
 
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "float16", "float32"])
+def test_shuffled_layer_keeps_given_statistics_in_float32(policy):
+    layer = ShuffledBatchNorm(dtype=policy)
+    given = (tf.constant([1.001, 2.0, 3.0]), tf.constant([4.0, 9.0, 16.0]))
+    y = layer(tf.ones([4, 2, 2, 3]), training=True, bn_stats=given)
+    assert y.dtype == layer.compute_dtype
+    np.testing.assert_allclose(tf.cast(y, tf.float32)[0, 0, 0, 1:], [-1 / 3, -0.5], rtol=1e-2)
+    assert layer.moving_mean.dtype == "float32"
+
+
 def test_layers_of_every_mode_have_the_same_variables():
     shapes = set()
     for mode, part in itertools.product(KeyBnMode, ("query", "key")):
