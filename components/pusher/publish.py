@@ -1,0 +1,257 @@
+"""Publishing models and finding the one in service: below a directory or gs://, without TFX.
+
+A place of publication holds numbered versions, as TensorFlow Serving wants them, and `latest.json`, which names the
+one in service; see `components.pusher.pointer`. Readers ask `resolve` or `local_copy`.
+"""
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
+
+from components.pusher import pointer
+from components.pusher.directory import Directory, read_card
+from components.pusher.pointer import Event, Pointer, Version
+from components.pusher.publisher import this_publisher
+from trainer_module import progress
+from trainer_module.errors import UserError
+
+
+class Place(Protocol):
+    """What `Directory` and `Bucket` have in common; see there."""
+
+    @property
+    def base(self) -> str: ...  # noqa: D102
+    def path(self, version: str) -> str: ...  # noqa: D102
+    def read(self) -> Pointer: ...  # noqa: D102
+    def update(self, change: Callable[[Pointer], Pointer]) -> Pointer: ...  # noqa: D102
+    def versions(self) -> list[Version]: ...  # noqa: D102
+    def card(self, version: str) -> dict: ...  # noqa: D102
+    def sweep(self) -> None: ...  # noqa: D102
+    def stage(self, model_path: str) -> str: ...  # noqa: D102
+    def commit(self, event: Event, seen: Pointer) -> None: ...  # noqa: D102
+    def discard(self, version: str) -> None: ...  # noqa: D102
+    def remove(self, versions: Sequence[str]) -> None: ...  # noqa: D102
+    def local_copy(self, version: str) -> contextlib.AbstractContextManager[str]: ...  # noqa: D102
+    def errors_told(self) -> contextlib.AbstractContextManager[None]: ...  # noqa: D102
+
+
+@dataclasses.dataclass(frozen=True)
+class Listed:
+    """A version as `--list` tells it.
+
+    Attributes:
+        number: of the version.
+        state: "in service", "ready" to be gone back to, "withdrawn" by going back, "being published", "removed" but
+            not yet deleted, or "incomplete".
+        size: bytes.
+        created: seconds since 1970.
+    """
+
+    number: str
+    state: str
+    size: int
+    created: float
+
+
+def place(base: str, transfer: Any = None) -> Place:
+    """The place of publication that a path means.
+
+    Args:
+        base: a directory, or gs://BUCKET/PATH.
+        transfer: a `components.pusher.bucket.Transfer`; None for the usual one.
+
+    Raises:
+        UserError: it can be none, or there are no credentials.
+    """
+    base = base.rstrip("/") or "/"
+    if base.startswith("gs:"):
+        from components.pusher import bucket
+
+        return bucket.Bucket(base, bucket.connect(), transfer or bucket.Transfer())
+    if "://" in base:
+        raise UserError(f"{base}: models are published to a directory or to gs://BUCKET/PATH; name one of these")
+    return Directory(base)
+
+
+def publish(model_path: str, to: Place) -> str:
+    """Copies a model to a new version and puts it in service; whole or not at all.
+
+    Does nothing if the version in service, or the newest one, is this very model, as its card says.
+
+    Args:
+        model_path: of a SavedModel on this machine.
+        to: where.
+
+    Returns:
+        The path of the version.
+
+    Raises:
+        UserError: the place cannot be written, or another publisher was faster.
+    """
+    with to.errors_told():
+        to.sweep()
+        seen = to.read()
+        if version := _published_already(model_path, to, seen):
+            return to.path(version)
+        version = to.stage(model_path)
+        try:
+            to.commit(_event(version, "published"), seen)
+        except UserError as refusal:
+            if not isinstance(refusal.__cause__, Exception):  # refused for good; else the outcome is not known
+                to.discard(version)
+            raise
+        return to.path(version)
+
+
+def in_service(at: Place) -> str:
+    """The number of the version in service: the one that the pointer names.
+
+    Where there is no pointer, or somebody has deleted that version by hand, it is the highest whole one.
+
+    Raises:
+        UserError: there is none.
+    """
+    with at.errors_told():
+        now = at.read()
+        found = at.versions()
+        serving = _serving(now, found)
+        if serving is None:
+            incomplete = ", ".join(version.number for version in found)
+            what = f"its versions {incomplete} are incomplete" if found else "neither latest.json nor versions"
+            raise UserError(f"{at.base}: no model is in service there ({what}); check the path")
+        return serving
+
+
+def resolve(base: str) -> str:
+    """The path of the version in service.
+
+    Raises:
+        UserError: there is none, or the place cannot be read.
+    """
+    at = place(base)
+    return at.path(in_service(at))
+
+
+def versions(at: Place) -> list[Listed]:
+    """All versions with their states, lowest first.
+
+    Raises:
+        UserError: the place cannot be read.
+    """
+    with at.errors_told():
+        now = at.read()
+        found = at.versions()
+        serving = _serving(now, found)
+        return [Listed(v.number, _state(v, now, serving), v.size, v.created) for v in found]
+
+
+def rollback(at: Place, version: str) -> None:
+    """Puts a version that is there already in service.
+
+    Raises:
+        UserError: there is no such version, it is not whole, or the place cannot be written.
+    """
+    with at.errors_told():
+        found = {candidate.number: candidate for candidate in at.versions()}
+        if version not in found:
+            raise UserError(f"{at.base}: there is no version {version}; there are: {', '.join(found) or 'none'}")
+        if not found[version].whole or found[version].claimed:
+            raise UserError(f"{at.base}: version {version} is not whole; choose another with --list")
+        event = _event(version, "rolled back")
+
+        def change(now: Pointer) -> Pointer:
+            if version in now.removed:
+                raise UserError(f"{at.base}: version {version} is being removed; choose another with --list")
+            return now if now.version == version else now.serving(event)
+
+        at.update(change)
+
+
+def keep(at: Place, count: int) -> list[str]:
+    """Removes all but the newest whole versions and the one in service. Leaves what is being written.
+
+    Args:
+        at: where.
+        count: how many versions stay, at least 1.
+
+    Returns:
+        The versions that are gone.
+
+    Raises:
+        UserError: count is too small, or the place cannot be written.
+    """
+    if count < 1:
+        raise UserError(f"--keep {count} must be at least 1; e.g. --keep 3")
+    with at.errors_told():
+        at.sweep()
+        whole = [version.number for version in at.versions() if version.whole and not version.claimed]
+        doomed = whole[:-count]
+        if not doomed:
+            return []
+        now = at.update(lambda now: now.without(doomed))
+        gone = [version for version in doomed if version in now.removed]
+        at.remove(gone)
+        return gone
+
+
+@contextlib.contextmanager
+def local_copy(path: str) -> Iterator[str]:
+    """A folder on this machine with a model, for the time of the context.
+
+    Args:
+        path: of a SavedModel, or of a place of publication, of which the version in service is taken.
+
+    Raises:
+        UserError: there is none, or it cannot be read.
+    """
+    above, _, name = path.rstrip("/").rpartition("/")
+    if path.startswith("gs://") and name.isdecimal() and above != "gs:/":
+        at, version = place(above), name
+    else:
+        at = place(path)
+        version = in_service(at)
+    with at.errors_told(), at.local_copy(version) as folder:
+        yield folder
+
+
+def _published_already(model_path: str, to: Place, seen: Pointer) -> str | None:
+    """The version that is this very model; it is put in service unless somebody has gone back from it."""
+    digest = read_card(model_path).get(pointer.DIGEST)
+    if digest is None:
+        return None
+    whole = [version.number for version in to.versions() if version.whole and not version.claimed]
+    candidates = [version for version in dict.fromkeys((seen.version, *whole[-1:])) if version in whole]
+    same = next((version for version in candidates if to.card(version).get(pointer.DIGEST) == digest), None)
+    if same is None or same == seen.version:
+        return same
+    if seen.is_withdrawn(same) and seen.was_in_service(same):
+        progress.note(
+            f"{to.base}: this model is version {same}, from which somebody went back to {seen.version}, which stays in "
+            f"service; --rollback {same} returns to it"
+        )
+    else:
+        to.commit(_event(same, "published"), seen)
+    return same
+
+
+def _serving(now: Pointer, found: Sequence[Version]) -> str | None:
+    whole = [version.number for version in found if version.whole and not version.claimed]
+    return now.version if now.version in whole else next(reversed(whole), None)
+
+
+def _event(version: str, action: pointer.Action) -> Event:
+    return Event(version, action, time.time(), str(this_publisher()))
+
+
+def _state(version: Version, now: Pointer, serving: str | None) -> str:
+    if version.number == serving:
+        return "in service"
+    if version.number in now.removed:
+        return "removed"
+    if version.claimed:
+        return "being published"
+    if not version.whole:
+        return "incomplete"
+    return "withdrawn" if now.is_withdrawn(version.number) and now.was_in_service(version.number) else "ready"
