@@ -202,7 +202,7 @@ def _precondition_failed() -> Answer:
 
 
 def _named(request: Request) -> str:
-    found = re.search(r"/o/([^/?]+)", request.path)
+    found = re.search(r"/o/([^?]+)", request.path)
     if found:
         return urllib.parse.unquote(found[1])
     part = re.search(rb'\{.*?"name": ?"([^"]+)".*?\}', request.body)

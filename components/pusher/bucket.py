@@ -44,8 +44,8 @@ from google.resumable_media import DataCorruption
 from requests.exceptions import RequestException
 
 from components.pusher import pointer
-from components.pusher.directory import damaged, next_version
-from components.pusher.pointer import Event, Pointer, Version
+from components.pusher.directory import damaged
+from components.pusher.pointer import Event, Pointer, Survey, Version
 from components.pusher.publisher import Publisher, is_dead, this_publisher
 from trainer_module import progress
 from trainer_module.errors import UserError
@@ -94,6 +94,18 @@ def connect() -> Client:
     return Client(project or "none", credentials)
 
 
+def split(base: str) -> tuple[str, str]:
+    """Bucket and path of gs://BUCKET/PATH.
+
+    Raises:
+        UserError: base cannot be the name of a place in a bucket.
+    """
+    name, _, path = base.removeprefix(_SCHEME).partition("/")
+    if not base.startswith(_SCHEME) or not _BUCKET.fullmatch(name):
+        raise UserError(f"{base}: {name!r} cannot be the name of a bucket; write gs://BUCKET/PATH")
+    return name, path
+
+
 class Bucket:
     """See the module."""
 
@@ -104,13 +116,8 @@ class Bucket:
             base: gs://BUCKET or gs://BUCKET/PATH.
             client: of `connect`.
             transfer: how objects are moved.
-
-        Raises:
-            UserError: base cannot be the name of a place in a bucket.
         """
-        name, _, prefix = base.removeprefix(_SCHEME).partition("/")
-        if not _BUCKET.fullmatch(name):
-            raise UserError(f"{base}: {name!r} cannot be the name of a bucket; write gs://BUCKET/PATH")
+        name, prefix = split(base)
         self.base = base
         self._prefix = prefix.rstrip("/") + "/" if prefix.strip("/") else ""
         self._client = client
@@ -149,11 +156,12 @@ class Bucket:
             with contextlib.suppress(PreconditionFailed), _corruption_passed():
                 self._write(pointer.FILE, after.to_json(), generation)
                 return after
-        raise UserError(f"{self.base}/{pointer.FILE} is being changed by others again and again; try again later")
+        raise self._restless()
 
-    def versions(self) -> list[Version]:
-        """All there are, lowest first."""
-        return self._versions(self._list(), self.read())
+    def look(self) -> Survey:
+        """What is there."""
+        now = self.read()  # first, so that what it names is in the list, or something newer is
+        return self._survey(self._list(), now)
 
     def card(self, version: str) -> dict:
         """What a version's card says; empty where it has none, or one that cannot be read."""
@@ -162,28 +170,34 @@ class Bucket:
             return content if isinstance(content, dict) else {}
         return {}
 
-    def sweep(self) -> None:
-        """Removes what publishers that were killed have left behind, and what was given up and not yet deleted."""
-        blobs = self._list()
-        dead = [version for version, blob in self._claims(blobs).items() if self._is_dead(blob)]
+    def sweep(self) -> Survey:
+        """Removes what killed publishers left and what was given up and not yet deleted, and tells what is there.
+
+        Where the right to delete is lacking that is only noted.
+        """
         now = self.read()
-        if any(not now.was_in_service(version) for version in dead):
-            now = self.update(lambda now: now.without([version for version in dead if not now.was_in_service(version)]))
-        there = {version.number for version in self._versions(blobs, now)}
+        blobs = self._list()
+        claims = self._claims(blobs)
+        dead = [version for version, blob in claims.items() if self._is_dead(blob)]
+        there = {version.number for version in self._survey(blobs, now).versions}
+        if not dead and there.isdisjoint(now.removed):
+            return self._survey(blobs, now)
+        now = self.update(lambda now: now.without([version for version in dead if not now.was_in_service(version)]))
         try:
-            self._delete([version for version in now.removed if version in there], blobs)
+            self._delete([version for version in now.removed if version in there or version in dead], blobs)
             for version in dead:
                 self._delete_object(self._prefix + _claim_name(version))
         except Forbidden as error:
             progress.note(f"{self.base}: what a killed publisher left may not be deleted: {_words(error)}")
+        return self.look()
 
-    def stage(self, model_path: str) -> str:
+    def stage(self, model_path: str, seen: Survey) -> str:
         """Uploads a model to a new version, the highest, which is not in service yet. See `commit`.
 
         Raises:
-            UserError: another publisher took this one for dead.
+            UserError: somebody else changed it meanwhile, or it arrives damaged again and again.
         """
-        version = self._claim(this_publisher())
+        version = self._claim(this_publisher(), seen.next_version())
         try:
             self._upload(model_path, version)
         except _UNANSWERED:
@@ -193,12 +207,12 @@ class Bucket:
             raise
         return version
 
-    def commit(self, event: Event, seen: Pointer) -> None:
+    def commit(self, event: Event, seen: Survey) -> None:
         """Puts a staged version in service.
 
         Args:
             event: that it is.
-            seen: the pointer when the publication began.
+            seen: when the publication began.
 
         Raises:
             UserError: somebody else has put a version in service since.
@@ -207,7 +221,7 @@ class Bucket:
         def change(now: Pointer) -> Pointer:
             if event in now.history:  # written by a try whose answer was lost
                 return now
-            if now.history != seen.history:
+            if now.history != seen.pointer.history:
                 raise UserError(
                     f"{self.base}: {now.history[-1].by} has put version {now.version} in service meanwhile, so this "
                     f"model was not published; publish again if it is to take that one's place"
@@ -302,7 +316,7 @@ class Bucket:
 
     def _read_pointer(self) -> tuple[Pointer, int]:
         """The pointer, and its generation; 0 where there is none."""
-        while True:
+        for _ in range(_TRIES):
             blob = self._bucket.get_blob(self._prefix + pointer.FILE, **self._patience)
             if blob is None:
                 return Pointer(), 0
@@ -313,6 +327,10 @@ class Bucket:
                     return Pointer.from_json(content), int(blob.generation)
                 except ValueError as error:
                     raise damaged(f"{self.base}/{pointer.FILE}", error) from error
+        raise self._restless()
+
+    def _restless(self) -> UserError:
+        return UserError(f"{self.base}/{pointer.FILE} is being changed by others again and again; try again later")
 
     def _delete_object(self, name: str) -> None:
         with contextlib.suppress(NotFound):
@@ -329,14 +347,14 @@ class Bucket:
 
     # Versions and claims.
 
-    def _versions(self, blobs: Sequence[Blob], known: Pointer) -> list[Version]:
+    def _survey(self, blobs: Sequence[Blob], known: Pointer) -> Survey:
         claims = self._claims(blobs)
         by_version: dict[str, dict[str, Blob]] = {}
         for blob in blobs:
             version, _, name = self._name(blob).partition("/")
             if version.isdecimal() and name:
                 by_version.setdefault(version, {})[name] = blob
-        return [
+        versions = (
             Version(
                 version,
                 pointer.is_whole(files) and version not in known.removed,
@@ -345,7 +363,8 @@ class Bucket:
                 max(blob.time_created.timestamp() for blob in files.values()),
             )
             for version, files in sorted(by_version.items(), key=lambda item: int(item[0]))
-        ]
+        )
+        return Survey(known, tuple(versions))
 
     def _claims(self, blobs: Iterable[Blob]) -> dict[str, Blob]:
         named = ((re.fullmatch(re.escape(_CLAIMS) + r"(\d+)\.json", self._name(blob)), blob) for blob in blobs)
@@ -360,11 +379,8 @@ class Bucket:
                 return False
         return is_dead(publisher, time.time() - claim.updated.timestamp())
 
-    def _claim(self, publisher: Publisher) -> str:
-        """Reserves the next number for a publisher."""
-        blobs = self._list()
-        taken = [*(version.number for version in self._versions(blobs, Pointer())), *self._claims(blobs)]
-        version = next_version(taken, self.read())
+    def _claim(self, publisher: Publisher, version: str) -> str:
+        """Reserves a number for a publisher: the one given, or the next that is free."""
         while not self._claimed(version, publisher):
             version = str(int(version) + 1)
         return version

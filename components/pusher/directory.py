@@ -18,7 +18,7 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 
 from components.pusher import pointer
-from components.pusher.pointer import Event, Pointer, Version
+from components.pusher.pointer import Event, Pointer, Survey, Version
 from components.pusher.publisher import is_running
 from trainer_module.errors import UserError
 
@@ -72,28 +72,32 @@ class Directory:
                 self._write(after)
             return after
 
-    def versions(self) -> list[Version]:
-        """All there are, lowest first."""
+    def look(self) -> Survey:
+        """What is there."""
+        now = self.read()
         try:
             names = os.listdir(self.base)
         except (FileNotFoundError, NotADirectoryError):
-            return []
-        return [self._version(name) for name in sorted((n for n in names if n.isdecimal()), key=int)]
+            names = []
+        numbers = sorted((name for name in names if name.isdecimal()), key=int)
+        return Survey(now, tuple(self._version(number) for number in numbers))
 
     def card(self, version: str) -> dict:
         """What a version's card says; empty where it has none."""
         return read_card(self.path(version))
 
-    def sweep(self) -> None:
-        """Removes what publishers that were killed have left behind."""
+    def sweep(self) -> Survey:
+        """Removes what publishers that were killed have left behind, and tells what is there."""
         names = os.listdir(self.base) if os.path.isdir(self.base) else []
         for name in names:
             path = os.path.join(self.base, name)
             if _is_stale(name, path):
                 shutil.rmtree(path, ignore_errors=True)
+        return self.look()
 
-    def stage(self, model_path: str) -> str:
+    def stage(self, model_path: str, seen: Survey) -> str:
         """Copies a model to a new version, the highest, which is not in service yet. See `commit`."""
+        del seen  # others may publish during the copy
         os.makedirs(self.base, exist_ok=True)
         temporary = self._temporary()
         try:
@@ -103,7 +107,7 @@ class Directory:
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
-    def commit(self, event: Event, seen: Pointer) -> None:
+    def commit(self, event: Event, seen: Survey) -> None:
         """Puts a staged version in service, unless a higher one is there already: the publishers take turns."""
         del seen
         self.update(lambda now: now if int(now.version or -1) >= int(event.version) else now.serving(event))
@@ -154,7 +158,7 @@ class Directory:
 
     def _rename_to_version(self, temporary: str) -> str:
         while True:
-            version = next_version([version.number for version in self.versions()], self.read())
+            version = self.look().next_version()
             try:
                 os.rename(temporary, self.path(version))
             except OSError as error:
@@ -180,12 +184,6 @@ class Directory:
             os.fsync(file.fileno())
         os.replace(temporary, path)
         _flush_directory(self.base)
-
-
-def next_version(numbers: Sequence[str], known: Pointer) -> str:
-    """The time in seconds, or the number after the highest that was ever there, so it is always the highest."""
-    highest = max((int(number) for number in (*numbers, *known.removed, known.version or 0)), default=0)
-    return str(max(int(time.time()), 1 + highest))
 
 
 def read_card(model_path: str) -> dict:

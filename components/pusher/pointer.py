@@ -7,6 +7,7 @@ that decides what is served is one change of it: to publish, to roll back, and t
 
 import dataclasses
 import json
+import time
 from collections.abc import Collection
 from typing import Literal
 
@@ -69,7 +70,8 @@ class Pointer:
     def is_withdrawn(self, version: str) -> bool:
         """Whether somebody went back from a version to a lower one."""
         went_back = bool(self.history) and self.history[-1].action == "rolled back"
-        return went_back and self.version is not None and int(version) > int(self.version)
+        lower = self.version is not None and int(self.version) < int(version)
+        return went_back and lower and self.was_in_service(version)
 
     def to_json(self) -> str:
         """As text that people can read, too."""
@@ -113,6 +115,38 @@ class Version:
     claimed: bool
     size: int
     created: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Survey:
+    """What was there at one look.
+
+    Attributes:
+        pointer: an empty one where none was written.
+        versions: all there are, lowest first.
+    """
+
+    pointer: Pointer
+    versions: tuple[Version, ...]
+
+    @property
+    def whole(self) -> list[str]:
+        """Versions that could be in service, lowest first."""
+        return [version.number for version in self.versions if version.whole and not version.claimed]
+
+    @property
+    def serving(self) -> str | None:
+        """The version in service: the one that the pointer names.
+
+        Where there is no pointer, or somebody has deleted that version by hand, it is the highest whole one.
+        """
+        whole = self.whole
+        return self.pointer.version if self.pointer.version in whole else next(reversed(whole), None)
+
+    def next_version(self) -> str:
+        """The time in seconds, or the number after the highest that was ever there, so it is always the highest."""
+        known = (*(version.number for version in self.versions), *self.pointer.removed, self.pointer.version or "0")
+        return str(max(int(time.time()), 1 + max(map(int, known))))
 
 
 def is_whole(names: Collection[str]) -> bool:

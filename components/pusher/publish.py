@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from components.pusher import pointer
 from components.pusher.directory import Directory, read_card
-from components.pusher.pointer import Event, Pointer, Version
+from components.pusher.pointer import Event, Pointer, Survey, Version
 from components.pusher.publisher import this_publisher
 from trainer_module import progress
 from trainer_module.errors import UserError
@@ -26,11 +26,11 @@ class Place(Protocol):
     def path(self, version: str) -> str: ...  # noqa: D102
     def read(self) -> Pointer: ...  # noqa: D102
     def update(self, change: Callable[[Pointer], Pointer]) -> Pointer: ...  # noqa: D102
-    def versions(self) -> list[Version]: ...  # noqa: D102
+    def look(self) -> Survey: ...  # noqa: D102
     def card(self, version: str) -> dict: ...  # noqa: D102
-    def sweep(self) -> None: ...  # noqa: D102
-    def stage(self, model_path: str) -> str: ...  # noqa: D102
-    def commit(self, event: Event, seen: Pointer) -> None: ...  # noqa: D102
+    def sweep(self) -> Survey: ...  # noqa: D102
+    def stage(self, model_path: str, seen: Survey) -> str: ...  # noqa: D102
+    def commit(self, event: Event, seen: Survey) -> None: ...  # noqa: D102
     def discard(self, version: str) -> None: ...  # noqa: D102
     def remove(self, versions: Sequence[str]) -> None: ...  # noqa: D102
     def local_copy(self, version: str) -> contextlib.AbstractContextManager[str]: ...  # noqa: D102
@@ -69,6 +69,7 @@ def place(base: str, transfer: Any = None) -> Place:
     if base.startswith("gs:"):
         from components.pusher import bucket
 
+        bucket.split(base)  # before credentials are looked for, which can take seconds
         return bucket.Bucket(base, bucket.connect(), transfer or bucket.Transfer())
     if "://" in base:
         raise UserError(f"{base}: models are published to a directory or to gs://BUCKET/PATH; name one of these")
@@ -91,11 +92,10 @@ def publish(model_path: str, to: Place) -> str:
         UserError: the place cannot be written, or another publisher was faster.
     """
     with to.errors_told():
-        to.sweep()
-        seen = to.read()
+        seen = to.sweep()
         if version := _published_already(model_path, to, seen):
             return to.path(version)
-        version = to.stage(model_path)
+        version = to.stage(model_path, seen)
         try:
             to.commit(_event(version, "published"), seen)
         except UserError as refusal:
@@ -106,22 +106,18 @@ def publish(model_path: str, to: Place) -> str:
 
 
 def in_service(at: Place) -> str:
-    """The number of the version in service: the one that the pointer names.
-
-    Where there is no pointer, or somebody has deleted that version by hand, it is the highest whole one.
+    """The number of the version in service, see `pointer.Survey.serving`.
 
     Raises:
         UserError: there is none.
     """
     with at.errors_told():
-        now = at.read()
-        found = at.versions()
-        serving = _serving(now, found)
-        if serving is None:
-            incomplete = ", ".join(version.number for version in found)
-            what = f"its versions {incomplete} are incomplete" if found else "neither latest.json nor versions"
+        seen = at.look()
+        if seen.serving is None:
+            incomplete = ", ".join(version.number for version in seen.versions)
+            what = f"its versions {incomplete} are incomplete" if incomplete else "neither latest.json nor versions"
             raise UserError(f"{at.base}: no model is in service there ({what}); check the path")
-        return serving
+        return seen.serving
 
 
 def resolve(base: str) -> str:
@@ -141,10 +137,10 @@ def versions(at: Place) -> list[Listed]:
         UserError: the place cannot be read.
     """
     with at.errors_told():
-        now = at.read()
-        found = at.versions()
-        serving = _serving(now, found)
-        return [Listed(v.number, _state(v, now, serving), v.size, v.created) for v in found]
+        seen = at.look()
+        return [
+            Listed(version.number, _state(version, seen), version.size, version.created) for version in seen.versions
+        ]
 
 
 def rollback(at: Place, version: str) -> None:
@@ -154,7 +150,7 @@ def rollback(at: Place, version: str) -> None:
         UserError: there is no such version, it is not whole, or the place cannot be written.
     """
     with at.errors_told():
-        found = {candidate.number: candidate for candidate in at.versions()}
+        found = {candidate.number: candidate for candidate in at.look().versions}
         if version not in found:
             raise UserError(f"{at.base}: there is no version {version}; there are: {', '.join(found) or 'none'}")
         if not found[version].whole or found[version].claimed:
@@ -185,9 +181,7 @@ def keep(at: Place, count: int) -> list[str]:
     if count < 1:
         raise UserError(f"--keep {count} must be at least 1; e.g. --keep 3")
     with at.errors_told():
-        at.sweep()
-        whole = [version.number for version in at.versions() if version.whole and not version.claimed]
-        doomed = whole[:-count]
+        doomed = at.sweep().whole[:-count]
         if not doomed:
             return []
         now = at.update(lambda now: now.without(doomed))
@@ -216,19 +210,19 @@ def local_copy(path: str) -> Iterator[str]:
         yield folder
 
 
-def _published_already(model_path: str, to: Place, seen: Pointer) -> str | None:
+def _published_already(model_path: str, to: Place, seen: Survey) -> str | None:
     """The version that is this very model; it is put in service unless somebody has gone back from it."""
     digest = read_card(model_path).get(pointer.DIGEST)
     if digest is None:
         return None
-    whole = [version.number for version in to.versions() if version.whole and not version.claimed]
-    candidates = [version for version in dict.fromkeys((seen.version, *whole[-1:])) if version in whole]
+    now = seen.pointer
+    candidates = [version for version in dict.fromkeys((now.version, *seen.whole[-1:])) if version in seen.whole]
     same = next((version for version in candidates if to.card(version).get(pointer.DIGEST) == digest), None)
-    if same is None or same == seen.version:
+    if same is None or same == now.version:
         return same
-    if seen.is_withdrawn(same) and seen.was_in_service(same):
+    if now.is_withdrawn(same):
         progress.note(
-            f"{to.base}: this model is version {same}, from which somebody went back to {seen.version}, which stays in "
+            f"{to.base}: this model is version {same}, from which somebody went back to {now.version}, which stays in "
             f"service; --rollback {same} returns to it"
         )
     else:
@@ -236,22 +230,17 @@ def _published_already(model_path: str, to: Place, seen: Pointer) -> str | None:
     return same
 
 
-def _serving(now: Pointer, found: Sequence[Version]) -> str | None:
-    whole = [version.number for version in found if version.whole and not version.claimed]
-    return now.version if now.version in whole else next(reversed(whole), None)
-
-
 def _event(version: str, action: pointer.Action) -> Event:
     return Event(version, action, time.time(), str(this_publisher()))
 
 
-def _state(version: Version, now: Pointer, serving: str | None) -> str:
-    if version.number == serving:
+def _state(version: Version, seen: Survey) -> str:
+    if version.number == seen.serving:
         return "in service"
-    if version.number in now.removed:
+    if version.number in seen.pointer.removed:
         return "removed"
     if version.claimed:
         return "being published"
     if not version.whole:
         return "incomplete"
-    return "withdrawn" if now.is_withdrawn(version.number) and now.was_in_service(version.number) else "ready"
+    return "withdrawn" if seen.pointer.is_withdrawn(version.number) else "ready"
