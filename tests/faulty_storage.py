@@ -116,7 +116,7 @@ class Storage:
         with self._turns:
             answer = self._act(request)
         # The emulator remembers under which address an object was uploaded; proxies come and go.
-        here = b'"mediaLink": "http://' + request.headers.get("Host", "").encode() + b"/"
+        here = b'"mediaLink": "http://' + request.headers.get("host", "").encode() + b"/"
         return dataclasses.replace(answer, body=re.sub(rb'"mediaLink": "http://[^/"]+/', here, answer.body))
 
     def _act(self, request: Request) -> Answer:
@@ -142,13 +142,13 @@ class Storage:
             return refusal(404, "notFound", "No such upload")
         if session.answer:
             return session.answer
-        asked = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+|\*)", request.headers.get("Content-Range", ""))
+        asked = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+|\*)", request.headers.get("content-range", ""))
         if asked and int(asked[1]) < session.stored:  # some of it was stored by an earlier try
             fresh = request.body[session.stored - int(asked[1]) :]
             if not fresh:
                 return Answer(308, {"Range": f"bytes=0-{session.stored - 1}"}, b"")
             range_ = f"bytes {session.stored}-{asked[2]}/{asked[3]}"
-            request = dataclasses.replace(request, body=fresh, headers=request.headers | {"Content-Range": range_})
+            request = dataclasses.replace(request, body=fresh, headers=request.headers | {"content-range": range_})
         ends = asked and asked[3] != "*" and int(asked[2]) + 1 == int(asked[3])
         if ends and session.condition is not None and not self._matches(session.name, session.condition):
             return _precondition_failed()
@@ -161,11 +161,11 @@ class Storage:
 
     def keep_half(self, request: Request) -> None:
         """Stores the first half of a piece of a resumable upload, as the service does with what has arrived."""
-        asked = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+|\*)", request.headers.get("Content-Range", ""))
+        asked = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+|\*)", request.headers.get("content-range", ""))
         if asked and "upload_id" in request.query and len(request.body) > 1:
             half = request.body[: len(request.body) // 2]
             range_ = f"bytes {asked[1]}-{int(asked[1]) + len(half) - 1}/{asked[3]}"
-            self.serve(dataclasses.replace(request, body=half, headers=request.headers | {"Content-Range": range_}))
+            self.serve(dataclasses.replace(request, body=half, headers=request.headers | {"content-range": range_}))
 
     def _matches(self, name: str, generation: str) -> bool:
         return self._generation(name) == generation
@@ -234,7 +234,12 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         server = self.server
         length = int(self.headers.get("Content-Length") or 0)
-        request = Request(self.command, self.path, dict(self.headers.items()), self.rfile.read(length))
+        request = Request(
+            self.command,
+            self.path,
+            {key.lower(): value for key, value in self.headers.items()},
+            self.rfile.read(length),
+        )
         if len(request.body) < length:  # the client was killed while it sent
             server.storage.keep_half(request)
             self.close_connection = True

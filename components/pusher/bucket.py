@@ -519,9 +519,9 @@ def _corruption_passed() -> Iterator[None]:
 def _words(error: BaseException) -> str:
     """What happened, in one line without the request's address."""
     cause = getattr(error, "cause", None) or error
-    if isinstance(cause, GoogleAPICallError):
-        text = f"{int(cause.code or 0)}: {cause.message}"
-        text = re.sub(r"(GET|POST|PUT|DELETE|PATCH) \S+: ", "", text)
-    else:
-        text = type(cause).__name__
-    return " ".join(text.split())[:200]
+    if not isinstance(cause, GoogleAPICallError):
+        return type(cause).__name__
+    # Uploads put the whole answer, which is JSON, in place of its message.
+    said = re.search(r'"message": ?"([^"]+)"', cause.message)
+    text = said[1] if said else re.sub(r"(GET|POST|PUT|DELETE|PATCH) \S+: ", "", cause.message)
+    return " ".join(f"{int(cause.code or 0)}: {text}".split())[:200]
