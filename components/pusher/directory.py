@@ -38,8 +38,8 @@ class Directory:
     base: str
 
     def path(self, version: str) -> str:
-        """Of a version."""
-        return os.path.join(self.base, version)
+        """Of a version; of the base itself, where that is a model, as the version "."."""
+        return self.base if version == "." else os.path.join(self.base, version)
 
     def read(self) -> Pointer:
         """The pointer; an empty one where none was written.

@@ -6,6 +6,7 @@ one in service; see `components.pusher.pointer`. Readers ask `resolve` or `local
 
 import contextlib
 import dataclasses
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
@@ -116,18 +117,18 @@ def in_service(at: Place) -> str:
         if seen.serving is None:
             incomplete = ", ".join(version.number for version in seen.versions)
             what = f"its versions {incomplete} are incomplete" if incomplete else "neither latest.json nor versions"
-            raise UserError(f"{at.base}: no model is in service there ({what}); check the path")
+            raise UserError(f"{at.base}: no SavedModel there ({what}); name a folder that './moco run' pushed to")
         return seen.serving
 
 
 def resolve(base: str) -> str:
-    """The path of the version in service.
+    """The path of the version in service; base itself where it is a SavedModel.
 
     Raises:
         UserError: there is none, or the place cannot be read.
     """
-    at = place(base)
-    return at.path(in_service(at))
+    at, version = _model_at(base)
+    return at.path(version)
 
 
 def versions(at: Place) -> list[Listed]:
@@ -200,14 +201,36 @@ def local_copy(path: str) -> Iterator[str]:
     Raises:
         UserError: there is none, or it cannot be read.
     """
-    above, _, name = path.rstrip("/").rpartition("/")
-    if path.startswith("gs://") and name.isdecimal() and above != "gs:/":
-        at, version = place(above), name
-    else:
-        at = place(path)
-        version = in_service(at)
-    with at.errors_told(), at.local_copy(version) as folder:
+    at, version = _model_at(path)
+    with contextlib.ExitStack() as stack:
+        with at.errors_told():
+            folder = stack.enter_context(at.local_copy(version))
         yield folder
+
+
+def _model_at(path: str) -> tuple[Place, str]:
+    """A place and a version there, which is "." where the path is of a model itself."""
+    at = place(path)
+    if isinstance(at, Directory):
+        _check_folder(at.base)
+        if os.path.isfile(os.path.join(at.base, pointer.SAVED_MODEL)):
+            return at, "."
+    else:
+        above, _, name = at.base.rpartition("/")
+        if name.isdecimal() and above != "gs:/":
+            return place(above), name
+    return at, in_service(at)
+
+
+def _check_folder(path: str) -> None:
+    if os.path.isfile(path):
+        raise UserError(f"{path}: is a file; name its folder")
+    if not os.path.isdir(path):
+        raise UserError(
+            f"{path}: there is no such folder; where a model was not blessed nothing is published, see result.json"
+        )
+    if not os.access(path, os.R_OK | os.X_OK):
+        raise UserError(f"{path}: may not be read; change its rights")
 
 
 def _published_already(model_path: str, to: Place, seen: Survey) -> str | None:

@@ -88,7 +88,7 @@ def test_keep_removes_the_oldest_and_never_the_one_in_service(place, make_model)
 
 
 def test_what_cannot_be_is_refused_in_one_line(place, make_model):
-    assert "no model is in service there" in one_line(lambda: publish.in_service(place))
+    assert "no SavedModel there" in one_line(lambda: publish.in_service(place))
     assert "there are: none" in one_line(lambda: publish.rollback(place, "7"))
     publish.publish(str(make_model("x")), place)
     assert numbers(place)[0] in one_line(lambda: publish.rollback(place, "7"))

@@ -1,11 +1,17 @@
 """Publishing to a bucket through faults at every request in turn, kills, and rivals: the old version or the new one."""
 
 import itertools
+import os
+import queue
+import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import faulty_storage
+import killed_publisher
 import pytest
 from conftest import BASE, QUICK, bucket_behind, read, states, tree
 from faulty_storage import Answer, Fault, Request, at_request, refusal
@@ -161,6 +167,99 @@ def test_what_is_read_through_a_fault_is_whole(storage, make_model):
     with ThreadPoolExecutor(8) as pool:
         cases = [(number, fault) for fault in faults for number in every_request(requests, fault)]
         assert len(list(pool.map(check, cases))) > 30
+
+
+# Kills.
+
+
+class Publishers:
+    """Processes that publish, one after the other."""
+
+    def __init__(self) -> None:
+        self._spawner = subprocess.Popen(
+            [sys.executable, "-W", "ignore", killed_publisher.__file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            bufsize=1,
+            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])},
+        )
+
+    def start(self, model: Path, proxy: faulty_storage._Server) -> int:
+        """Starts one and returns its number."""
+        self._spawner.stdin.write(f"{model} {BASE} {faulty_storage.url(proxy)}\n")
+        return int(self._spawner.stdout.readline())
+
+    def wait(self) -> int:
+        """Waits for its exit code."""
+        return int(self._spawner.stdout.readline())
+
+    def stop(self) -> None:
+        self._spawner.stdin.close()
+        self._spawner.wait(timeout=30)
+
+
+@pytest.fixture(scope="module")
+def publishers() -> Iterator[Publishers]:
+    made = Publishers()
+    yield made
+    made.stop()
+
+
+@pytest.mark.parametrize("acted_on", [False, True], ids=["before it is acted on", "before its answer"])
+def test_a_kill_at_any_request_leaves_one_version_in_service_and_the_next_run_cleans_up(
+    publishers, make_model, acted_on
+):
+    old, new = make_model("old"), make_model("new")
+    killed = outcomes = 0
+    for strikes in itertools.count():
+        with faulty_storage.storage() as storage:
+            seed(storage, old)
+            number: queue.Queue[int] = queue.Queue()
+
+            def kill(current: int, request: Request, strikes=strikes, storage=storage, number=number) -> Fault | None:
+                if current != strikes:
+                    return None
+                if acted_on:
+                    storage.serve(request)
+                os.kill(number.get(timeout=20), signal.SIGKILL)
+                return Fault.request_lost
+
+            with faulty_storage.proxy(storage, kill) as proxy:
+                number.put(publishers.start(new, proxy))
+                code = publishers.wait()
+            got = reader(storage)
+            assert got in (tree(old), tree(new))
+            outcomes += got == tree(new)
+            publish_through(storage, new, faulty_storage.no_faults)
+            assert reader(storage) == tree(new)
+            assert leftovers(storage) == []
+            if code == 0:  # it had ended before that request
+                break
+            assert code == -signal.SIGKILL
+            killed += 1
+    assert killed > 10
+    assert 0 < outcomes < killed  # it was killed both before and after the change
+
+
+def test_a_kill_in_the_midst_of_a_large_object_leaves_the_old_version(publishers, storage, make_model):
+    old, new = make_model("old"), make_model("large", size=9 * 2**20)
+    seed(storage, old)
+    number: queue.Queue[int] = queue.Queue()
+
+    def kill(current: int, request: Request) -> Fault | None:
+        if not (is_piece(request) and request.method == "PUT"):
+            return None
+        os.kill(number.get(timeout=20), signal.SIGKILL)
+        return Fault.request_cut
+
+    with faulty_storage.proxy(storage, kill) as proxy:
+        number.put(publishers.start(new, proxy))
+        assert publishers.wait() == -signal.SIGKILL
+    assert reader(storage) == tree(old)
+    publish_through(storage, new, faulty_storage.no_faults)
+    assert reader(storage) == tree(new)
+    assert leftovers(storage) == []
 
 
 # Rivals.
