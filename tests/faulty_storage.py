@@ -103,7 +103,8 @@ class Storage:
         self._sessions: dict[str, _Session] = {}
 
     def stop(self) -> None:
-        self._emulator.stop()
+        # It looks up only every half second, for which nobody has to wait.
+        threading.Thread(target=self._emulator.stop, daemon=True).start()
 
     def objects(self) -> dict[str, bytes]:
         """All objects by name, read from the emulator itself."""

@@ -80,7 +80,7 @@ def place(base: str, transfer: Any = None) -> Place:
 def publish(model_path: str, to: Place) -> str:
     """Copies a model to a new version and puts it in service; whole or not at all.
 
-    Does nothing if the version in service, or the newest one, is this very model, as its card says.
+    Does nothing if the newest version, or the one that somebody went back to, is this very model, as its card says.
 
     Args:
         model_path: of a SavedModel on this machine.
@@ -238,9 +238,11 @@ def _published_already(model_path: str, to: Place, seen: Survey) -> str | None:
     digest = read_card(model_path).get(pointer.DIGEST)
     if digest is None:
         return None
-    now = seen.pointer
-    candidates = [version for version in dict.fromkeys((now.version, *seen.whole[-1:])) if version in seen.whole]
-    same = next((version for version in candidates if to.card(version).get(pointer.DIGEST) == digest), None)
+    now, newest = seen.pointer, next(reversed(seen.whole), None)
+    # One that is higher than the version in service, and was not gone back from, is what TensorFlow Serving serves.
+    candidates = [newest, now.version] if newest and now.is_withdrawn(newest) else [newest]
+    here = [version for version in candidates if version in seen.whole]
+    same = next((version for version in here if to.card(version).get(pointer.DIGEST) == digest), None)
     if same is None or same == now.version:
         return same
     if now.is_withdrawn(same):

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import BASE, read, states, tree
+from places import BASE, read, states, tree
 
 from components.pusher import publish
 from components.pusher.pointer import Event, Pointer

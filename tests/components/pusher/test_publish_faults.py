@@ -13,8 +13,8 @@ from pathlib import Path
 import faulty_storage
 import killed_publisher
 import pytest
-from conftest import BASE, QUICK, bucket_behind, read, states, tree
 from faulty_storage import Answer, Fault, Request, at_request, refusal
+from places import BASE, QUICK, bucket_behind, read, states, tree
 
 from components.pusher import publish
 from trainer_module.errors import UserError
