@@ -22,6 +22,8 @@ def lines(to: str, *, model: str | None, version: str | None, keep: int | None) 
         UserError: it cannot be done.
     """
     at = publish.place(to)
+    if model is None and isinstance(at, publish.Directory):
+        publish.check_folder(at.base)
     if model is not None:
         with publish.local_copy(model) as folder:
             _check_model(folder, model)

@@ -86,9 +86,10 @@ def connect() -> Client:
     try:
         credentials, project = google.auth.default(scopes=(_SCOPE,))
     except DefaultCredentialsError as error:
+        reason = str(error).splitlines()[0][:150]
         raise UserError(
-            "there are no credentials for gs://: log in with 'gcloud auth application-default login', or set "
-            "GOOGLE_APPLICATION_CREDENTIALS to a key file"
+            f"there are no credentials for gs:// ({reason}): log in with 'gcloud auth application-default login', or "
+            "set GOOGLE_APPLICATION_CREDENTIALS to a key file"
         ) from error
     # Objects need no project, but the client refuses to be made without one.
     return Client(project or "none", credentials)

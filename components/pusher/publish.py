@@ -212,7 +212,7 @@ def _model_at(path: str) -> tuple[Place, str]:
     """A place and a version there, which is "." where the path is of a model itself."""
     at = place(path)
     if isinstance(at, Directory):
-        _check_folder(at.base)
+        check_folder(at.base)
         if os.path.isfile(os.path.join(at.base, pointer.SAVED_MODEL)):
             return at, "."
     else:
@@ -222,7 +222,12 @@ def _model_at(path: str) -> tuple[Place, str]:
     return at, in_service(at)
 
 
-def _check_folder(path: str) -> None:
+def check_folder(path: str) -> None:
+    """Refuses what is no folder to read from.
+
+    Raises:
+        UserError: it is missing, a file, or may not be read.
+    """
     if os.path.isfile(path):
         raise UserError(f"{path}: is a file; name its folder")
     if not os.path.isdir(path):

@@ -118,7 +118,7 @@ def test_help_and_refusals_import_nothing_heavy(arguments):
         (["publish", "--to", "x", "--keep", "some"], ["--keep some", "--keep 3"]),
         (["publish", "--to", "x", "--keep", "0"], ["--keep 0", "--keep 3"]),
         (["publish", "--to", "x", "--rollback", "last"], ["--rollback last", "--list"]),
-        (["publish", "--to", "/nowhere", "--rollback", "17"], ["/nowhere", "there is no version 17"]),
+        (["publish", "--to", "/nowhere", "--rollback", "17"], ["/nowhere", "no such folder"]),
         (["publish", "--to", "x", "--model", "/nowhere"], ["/nowhere", "no such folder"]),
         (["publish", "--to", "s3://bucket/x", "--list"], ["s3://bucket/x", "gs://BUCKET/PATH"]),
         (["bench", "nothing-like-it"], ["'nothing-like-it' is no benchmark", "Benchmarks: "]),

@@ -45,7 +45,7 @@ def publish_through(storage: faulty_storage.Storage, model: Path, plan: faulty_s
 def applies(fault: Fault, request: Request) -> bool:
     if fault in (Fault.request_cut, Fault.flipped_upload):
         return request.is_upload
-    if fault is Fault.flipped_download:
+    if fault in (Fault.flipped_download, Fault.answer_slow):
         return request.is_download
     return True
 
