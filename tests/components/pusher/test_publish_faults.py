@@ -6,8 +6,10 @@ import queue
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import faulty_storage
@@ -185,9 +187,9 @@ class Publishers:
             env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])},
         )
 
-    def start(self, model: Path, proxy: faulty_storage._Server) -> int:
+    def start(self, model: Path, host: str, base: str = BASE) -> int:
         """Starts one and returns its number."""
-        self._spawner.stdin.write(f"{model} {BASE} {faulty_storage.url(proxy)}\n")
+        self._spawner.stdin.write(f"{model} {base} {host}\n")
         return int(self._spawner.stdout.readline())
 
     def wait(self) -> int:
@@ -226,7 +228,7 @@ def test_a_kill_at_any_request_leaves_one_version_in_service_and_the_next_run_cl
                 return Fault.request_lost
 
             with faulty_storage.proxy(storage, kill) as proxy:
-                number.put(publishers.start(new, proxy))
+                number.put(publishers.start(new, faulty_storage.url(proxy)))
                 code = publishers.wait()
             got = reader(storage)
             assert got in (tree(old), tree(new))
@@ -254,12 +256,30 @@ def test_a_kill_in_the_midst_of_a_large_object_leaves_the_old_version(publishers
         return Fault.request_cut
 
     with faulty_storage.proxy(storage, kill) as proxy:
-        number.put(publishers.start(new, proxy))
+        number.put(publishers.start(new, faulty_storage.url(proxy)))
         assert publishers.wait() == -signal.SIGKILL
     assert reader(storage) == tree(old)
     publish_through(storage, new, faulty_storage.no_faults)
     assert reader(storage) == tree(new)
     assert leftovers(storage) == []
+
+
+def test_a_kill_at_any_time_leaves_one_version_in_service_in_a_directory_too(publishers, make_model, tmp_path):
+    models = {word: make_model(word, size=4 * 2**20) for word in ("old", "new")}
+    at = publish.place(str(tmp_path / "serving"))
+    publish.publish(str(models["old"]), at)
+    killed = 0
+    for milliseconds in range(0, 30, 2):
+        number = publishers.start(models["new"], "none", at.base)
+        time.sleep(milliseconds / 1000)
+        with suppress(ProcessLookupError):
+            os.kill(number, signal.SIGKILL)
+        killed += publishers.wait() == -signal.SIGKILL
+        assert read(at) in [tree(model) for model in models.values()]
+    assert killed
+    publish.publish(str(models["new"]), at)
+    assert read(at) == tree(models["new"])
+    assert all(name.isdecimal() or "latest" in name for name in os.listdir(at.base))
 
 
 # Rivals.
