@@ -442,7 +442,8 @@ class Bucket:
             blob = self._bucket.get_blob(self._prefix + name, **self._patience)
             if blob is None or blob.crc32c == _crc32c(path):
                 return blob is not None
-            blob.delete(if_generation_match=blob.generation, **self._patience)
+            with contextlib.suppress(NotFound, PreconditionFailed):
+                blob.delete(if_generation_match=blob.generation, **self._patience)
             return False
         # NotFound: the session of a resumable upload has expired.
         if isinstance(outcome, DataCorruption | NotFound) or _is_corruption(outcome):
