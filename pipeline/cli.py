@@ -75,15 +75,16 @@ def _dispatch(arguments: list[str]) -> int:
         options = _parse(arguments)
     except SystemExit as end:  # argparse leaves so after --help
         return int(end.code or 0)
-    command = {
+    commands = {
         "demo": _demo,
         "run": _run,
         "embed": _embed,
         "weights": _weights,
+        "publish": _publish,
         "bench": _bench,
         "tpu-report": _tpu_report,
-    }[options.command]
-    return command(options)
+    }
+    return commands[options.command](options)
 
 
 # The words: parsers and their help.
@@ -229,7 +230,7 @@ An image that cannot be read gets a row with its error and never stops the rest.
         required=True,
         action=_Once,
         metavar="DIR",
-        help="a SavedModel, or a folder of numbered versions, of which the newest complete one is taken; may be gs://",
+        help="a SavedModel, or a folder of published versions, of which the one in service is taken; may be gs://",
     )
     parser.add_argument("--images", required=True, action=_Once, metavar="SRC", help="as for './moco run'")
     parser.add_argument(
@@ -256,6 +257,39 @@ then, in Python:
   model.load_state_dict(safetensors.torch.load_file("encoder.safetensors"), strict=False)  # all but fc"""
     parser.add_argument("--model", required=True, metavar="DIR", help="as for './moco embed'")
     parser.add_argument("--out", required=True, action=_Once, metavar="FILE", help="FILE.safetensors or FILE.npz")
+    _add_talk(parser)
+
+
+def _add_publish(parser: argparse.ArgumentParser) -> None:
+    parser.description = """\
+Looks after published encoders in a folder or on gs://: numbered versions, as TensorFlow Serving wants them, and
+latest.json, which names the one in service. Publishing, going back and removing are each done as a whole or not at all.
+gs:// is reached with Application Default Credentials ('gcloud auth application-default login')."""
+    parser.epilog = """\
+examples:
+  ./moco publish --to moco-demo/serving/encoder --list
+  ./moco publish --to gs://bucket/encoder --model moco-demo/serving/encoder
+  ./moco publish --to gs://bucket/encoder --rollback 1795387561
+  ./moco publish --to gs://bucket/encoder --keep 3
+
+TensorFlow Serving takes the highest version, whatever latest.json says; after a rollback name the version to it:
+  model_version_policy { specific { versions: 1795387561 } }"""
+    parser.add_argument(
+        "--to", required=True, action=_Once, metavar="DIR|gs://BUCKET/PATH", help="the folder of the versions"
+    )
+    deeds = parser.add_mutually_exclusive_group(required=True)
+    deeds.add_argument(
+        "--model",
+        metavar="DIR",
+        help="publish this SavedModel, or the one in service below this folder, unless it is there already",
+    )
+    deeds.add_argument("--list", action="store_true", help="list the versions with their states")
+    deeds.add_argument("--rollback", metavar="VERSION", help="put a version that is there in service")
+    deeds.add_argument(
+        "--keep",
+        metavar="N",
+        help="remove all but the N newest versions and the one in service; and what was left half",
+    )
     _add_talk(parser)
 
 
@@ -329,6 +363,7 @@ _COMMANDS = {
     "test": (_add_test, "the project's tests"),
     "embed": (_add_embed, "embed images with a published encoder"),
     "weights": (_add_weights, "write a published encoder's weights for PyTorch"),
+    "publish": (_add_publish, "publish encoders, list the published ones, go back, remove old ones"),
     "bench": (_add_bench, "measure speed and memory"),
     "tpu-report": (_add_tpu_report, "compile the training step for TPUs that need not be there"),
 }
@@ -396,6 +431,27 @@ def _weights(options: argparse.Namespace) -> int:
     from pipeline import weights
 
     console.line(str(weights.write(options.model, options.out)))
+    return DONE
+
+
+def _publish(options: argparse.Namespace) -> int:
+    from pipeline import console
+
+    if options.keep is not None and not (options.keep.isdecimal() and int(options.keep)):
+        raise UserError(f"--keep {options.keep} is not a number of versions; e.g. --keep 3")
+    if options.rollback is not None and not options.rollback.isdecimal():
+        raise UserError(f"--rollback {options.rollback} is not the number of a version; see --list")
+    console.quiet(options.verbose)
+    from pipeline import publishing
+
+    with console.progress_shown():
+        for line in publishing.lines(
+            os.path.expanduser(options.to),
+            model=os.path.expanduser(options.model) if options.model else None,
+            version=options.rollback,
+            keep=int(options.keep) if options.keep else None,
+        ):
+            console.line(line)
     return DONE
 
 

@@ -18,6 +18,7 @@ import numpy as np
 
 from components.image_example_gen import codec, sources
 from components.image_example_gen.config import IngestConfig
+from components.pusher import publish
 from trainer_module import progress
 from trainer_module.errors import UserError
 
@@ -87,7 +88,7 @@ def embed(model: str, images: str, out: str, batch: int = 64) -> Summary:
     """Embeds every image of a source, duplicates included, and writes one row for each.
 
     Args:
-        model: a SavedModel, or a folder of numbered versions, of which the newest complete one is taken.
+        model: a SavedModel, or a folder of published versions, of which the one in service is taken; may be gs://.
         images: a source as `components.image_example_gen.sources` reads it.
         out: path ending in .npz (arrays path, sha256, embedding float32 [N, D] with NaN where there is an error, and
             error, empty where there is none) or .parquet (the same columns, null in place of NaN and of empty;
@@ -129,65 +130,36 @@ def load_encoder(model: str) -> Encoder:
     Raises:
         UserError: nothing there, no SavedModel, or one without the signature.
     """
-    folder = newest_version(model)
+    with _option_told(), publish.local_copy(model) as folder:
+        return _load(folder, model if "://" in model else folder)
+
+
+@contextlib.contextmanager
+def _option_told() -> Iterator[None]:
+    """Says of a refusal which option it is about."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"--model {error}") from error
+
+
+def _load(folder: str, name: str) -> Encoder:
     import tensorflow as tf
 
     try:
         loaded = tf.saved_model.load(folder)
     except (OSError, ValueError, RuntimeError, tf.errors.OpError) as error:
-        raise UserError(f"--model {folder}: cannot be loaded as a SavedModel: {_first_line(error)}") from error
+        raise UserError(f"{name}: cannot be loaded as a SavedModel: {_first_line(error)}") from error
     signature = loaded.signatures.get("serving_default")
     if signature is None:
-        raise UserError(f"--model {folder}: has no signature serving_default; name a model that './moco run' pushed")
+        raise UserError(f"{name}: has no signature serving_default; name a model that './moco run' pushed")
     inputs, outputs = signature.structured_input_signature[1], signature.structured_outputs
     if set(inputs) != {"image_bytes"} or "embedding" not in outputs or outputs["embedding"].shape[1:].rank != 1:
         raise UserError(
-            f"--model {folder}: serving_default takes {', '.join(inputs)} and returns {', '.join(outputs)}, "
+            f"{name}: serving_default takes {', '.join(inputs)} and returns {', '.join(outputs)}, "
             "not image_bytes and embedding [N, D]; name a model that './moco run' pushed"
         )
     return Encoder(loaded, signature, int(outputs["embedding"].shape[1]))
-
-
-def newest_version(model: str) -> str:
-    """Returns the folder of the SavedModel that a path means: itself, or its newest complete numbered version.
-
-    Raises:
-        UserError: there is none.
-    """
-    names = _names(model)
-    if "saved_model.pb" in names:
-        return model
-    versions = sorted((name for name in names if name.isdecimal()), key=int, reverse=True)
-    for version in versions:
-        folder = f"{model.rstrip('/')}/{version}"
-        if "saved_model.pb" in _names(folder) and "variables.index" in _names(f"{folder}/variables"):
-            return folder
-    found = f"its versions {', '.join(versions)} are incomplete" if versions else "neither saved_model.pb nor versions"
-    raise UserError(f"--model {model}: no SavedModel there ({found}); name a folder that './moco run' pushed to")
-
-
-def _names(folder: str) -> list[str]:
-    if "://" not in folder:
-        path = Path(folder)
-        try:
-            return [entry.name for entry in path.iterdir()] if path.is_dir() else _missing(folder, path.exists())
-        except PermissionError as error:
-            raise UserError(f"--model {folder}: may not be read; change its rights") from error
-    import tensorflow as tf
-
-    try:
-        return [name.rstrip("/") for name in tf.io.gfile.listdir(folder)]
-    except tf.errors.NotFoundError:
-        return _missing(folder, False)
-    except tf.errors.OpError as error:
-        raise UserError(f"--model {folder}: cannot be listed: {_first_line(error)}") from error
-
-
-def _missing(folder: str, is_file: bool) -> list[str]:
-    if folder.endswith("/variables"):
-        return []
-    missing = "there is no such folder; where a model was not blessed nothing is published, see result.json"
-    raise UserError(f"--model {folder}: {'is a file; name its folder' if is_file else missing}")
 
 
 # From a source to rows.

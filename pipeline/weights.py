@@ -34,7 +34,7 @@ def write(model: str, out: str) -> Summary:
     """Writes the weights of an encoder in torchvision's names and layouts.
 
     Args:
-        model: a SavedModel, or a folder of numbered versions, of which the newest complete one is taken; may be gs://.
+        model: see `pipeline.embed.embed`.
         out: path ending in .safetensors or .npz; it appears when it is whole, and not before.
 
     Raises:

@@ -14,7 +14,7 @@ from pipeline import bench, cli
 from trainer_module.errors import UserError
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = ["demo", "run", "test", "embed", "weights", "bench", "tpu-report"]
+COMMANDS = ["demo", "run", "test", "embed", "weights", "publish", "bench", "tpu-report"]
 HEAVY = ("jax", "tensorflow", "tfx", "apache_beam", "pandas", "keras", "ml_metadata", "pyarrow")
 
 
@@ -75,6 +75,9 @@ def test_the_help_of_bench_lists_the_benchmarks_that_there_are(capsys):
         ["weights", "--model", "/nowhere", "--out", "y.npz"],
         ["run", "--images", "x", "--workdir", "y", "--set", "encoder.weights=y.pth"],
         ["run", "--images", "x", "--workdir", "y", "--set", "encoder=keras.nothing", "--set", "encoder.width=8"],
+        ["publish", "--help"],
+        ["publish", "--to", "/nowhere", "--rollback", "1"],
+        ["publish", "--to", "gs://no such", "--list"],
         ["bench", "--help"],
         ["tpu-report", "--help"],
         ["tpu-report", "--topology", "v5e:3x5"],
@@ -102,7 +105,7 @@ def test_help_and_refusals_import_nothing_heavy(arguments):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ([], ["no command", "demo, run, test, embed, weights, bench, tpu-report"]),
+        ([], ["no command", "demo, run, test, embed, weights, publish, bench, tpu-report"]),
         (["rnu"], ["'rnu'", "did you mean run?"]),
         (["--debgu"], ["--debgu", "the command comes first"]),
         (["run"], ["--images", "--workdir", "./moco run --help"]),
@@ -112,6 +115,15 @@ def test_help_and_refusals_import_nothing_heavy(arguments):
         (["demo", "--seed", "many"], ["seed=many", "not an integer"]),
         (["demo", "extra"], ["demo takes no extra"]),
         (["embed", "--model", "a", "--images", "b", "--out", "c", "--batch", "z"], ["--batch", "'z'"]),
+        (["publish", "--list"], ["--to", "./moco publish --help"]),
+        (["publish", "--to", "x"], ["--model", "--list", "--rollback", "--keep"]),
+        (["publish", "--to", "x", "--list", "--keep", "3"], ["--keep", "not allowed with", "--list"]),
+        (["publish", "--to", "x", "--keep", "some"], ["--keep some", "--keep 3"]),
+        (["publish", "--to", "x", "--keep", "0"], ["--keep 0", "--keep 3"]),
+        (["publish", "--to", "x", "--rollback", "last"], ["--rollback last", "--list"]),
+        (["publish", "--to", "/nowhere", "--rollback", "17"], ["/nowhere", "no such folder"]),
+        (["publish", "--to", "x", "--model", "/nowhere"], ["/nowhere", "no such folder"]),
+        (["publish", "--to", "s3://bucket/x", "--list"], ["s3://bucket/x", "gs://BUCKET/PATH"]),
         (["bench", "nothing-like-it"], ["'nothing-like-it' is no benchmark", "Benchmarks: "]),
         (["bench", "ingest", "--out", "somewhere"], ["--out somewhere", "ingest only prints figures"]),
         (["bench"], ["NAME", "./moco bench --help"]),

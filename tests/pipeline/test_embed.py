@@ -6,12 +6,14 @@ import shutil
 import tarfile
 from pathlib import Path
 
+import faulty_storage
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import tensorflow as tf
 
-from pipeline.embed import Encoder, Summary, embed, load_encoder, newest_version
+from components.pusher import publish
+from pipeline.embed import Encoder, Summary, embed, load_encoder
 from trainer_module.errors import UserError
 
 D = 5
@@ -182,10 +184,31 @@ def test_the_summary_is_one_line():
 # The model.
 
 
-def test_the_newest_complete_version_is_taken(pushed):
-    assert newest_version(str(pushed)) == f"{pushed}/7"
-    assert newest_version(f"{pushed}/") == f"{pushed}/7"
-    assert newest_version(str(pushed / "3")) == str(pushed / "3")
+def test_the_newest_complete_version_is_taken_unless_somebody_went_back(pushed, tmp_path):
+    assert publish.resolve(str(pushed)) == f"{pushed}/7"
+    assert publish.resolve(f"{pushed}/") == f"{pushed}/7"
+    assert publish.resolve(str(pushed / "3")) == str(pushed / "3")
+    shutil.copytree(pushed, tmp_path / "pushed")
+    publish.rollback(publish.place(str(tmp_path / "pushed")), "3")
+    assert publish.resolve(str(tmp_path / "pushed")) == str(tmp_path / "pushed" / "3")
+    assert load_encoder(str(tmp_path / "pushed")).dimensions == D
+
+
+def test_a_model_on_gs_is_embedded_with_as_the_same_one_on_disk(pushed, source, tmp_path, monkeypatch):
+    with faulty_storage.storage() as storage, faulty_storage.proxy(storage) as proxy:
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", faulty_storage.url(proxy))
+        version = publish.publish(str(pushed / "7"), publish.place("gs://models/colours"))
+        embeddings = []
+        for model in (str(pushed), "gs://models/colours", "gs://models/colours/", version):
+            embed(model, str(source), str(tmp_path / "out.npz"))
+            with np.load(tmp_path / "out.npz") as out:
+                embeddings.append(out["embedding"])
+        for others in embeddings[1:]:
+            np.testing.assert_array_equal(others, embeddings[0])
+        for missing in ("gs://models/nothing", "gs://models/colours/7"):
+            with pytest.raises(UserError, match=f"^--model {missing}: ") as caught:
+                load_encoder(missing)
+            assert "\n" not in str(caught.value)
 
 
 def test_a_model_that_is_none_is_refused(tmp_path, pushed, colours):

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from components.pusher import model_card, publish
 from trainer_module.errors import UserError
 
 
@@ -67,15 +68,21 @@ def tree(root: Path) -> dict[str, bytes]:
     return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
 
 
+def versions(base: Path) -> list[str]:
+    return sorted((name for name in os.listdir(base) if name.isdecimal()), key=int)
+
+
 def test_a_blessed_model_is_published_and_archived_with_the_stock_properties(pusher, model, tmp_path):
     base = tmp_path / "serving" / "moco"
     before = int(time.time())
     pushed = run_executor(pusher, model, base, tmp_path, blessed=True)
-    (version,) = os.listdir(base)
+    (version,) = versions(base)
     assert before <= int(version) <= time.time()
     assert tree(base / version) == tree(Path(pushed.uri))
     assert tree(base / version).items() >= tree(model / "Format-Serving").items()
-    assert set(tree(base / version)) - set(tree(model / "Format-Serving")) == {pusher.CARD_FILE}
+    assert set(tree(base / version)) - set(tree(model / "Format-Serving")) == {pusher.CARD_FILE, model_card.FILE}
+    assert "# Model card" in (base / version / model_card.FILE).read_text()
+    assert publish.resolve(str(base)) == str(base / version)
     assert pushed.get_int_custom_property("pushed") == 1
     assert pushed.get_string_custom_property("pushed_destination") == str(base / version)
     assert pushed.get_string_custom_property("pushed_version") == version
@@ -87,13 +94,13 @@ def test_a_model_that_is_the_newest_version_already_is_not_published_twice(pushe
     again = run_executor(pusher, model, base, tmp_path / "2", blessed=True)
     destination = "pushed_destination"
     assert again.get_string_custom_property(destination) == first.get_string_custom_property(destination)
-    assert len(os.listdir(base)) == 1
+    assert len(versions(base)) == 1
     # Once another model is served, the same one is a new version: somebody goes back to it.
-    other = base / str(int(os.listdir(base)[0]) + 5)
-    shutil.copytree(base / os.listdir(base)[0], other)
+    other = base / str(int(versions(base)[0]) + 5)
+    shutil.copytree(base / versions(base)[0], other)
     (other / pusher.CARD_FILE).write_text("{}")
     run_executor(pusher, model, base, tmp_path / "3", blessed=True)
-    assert len(os.listdir(base)) == 3
+    assert len(versions(base)) == 3
 
 
 def test_the_published_model_loads_and_answers(pusher, model, tmp_path):
@@ -153,10 +160,9 @@ def test_pushers_that_run_at_once_each_get_a_version_of_their_own(pusher, model,
         thread.start()
     for thread in pushers:
         thread.join()
-    versions = sorted(os.listdir(base))
-    assert len(versions) == 24
-    assert all(name.isdecimal() for name in versions)
-    assert all(tree(base / name) == tree(model / "Format-Serving") for name in versions)
+    names = versions(base)
+    assert len(names) == 24
+    assert all(tree(base / name) == tree(model / "Format-Serving") for name in names)
 
 
 def test_what_a_killed_push_left_is_hidden_from_servers_and_removed_by_the_next_push(pusher, model, tmp_path):
@@ -175,7 +181,7 @@ def test_what_a_killed_push_left_is_hidden_from_servers_and_removed_by_the_next_
         (folder / "variables").touch()
     os.utime(old, (time.time() - 2 * 86400,) * 2)
     version = Path(pusher.push(str(model / "Format-Serving"), str(base))).name
-    assert set(os.listdir(base)) == {version, live.name, fresh.name, mine.name}
+    assert set(os.listdir(base)) == {version, live.name, fresh.name, mine.name, "latest.json", ".latest.lock"}
 
 
 def test_a_copy_that_fails_halfway_publishes_nothing_and_leaves_nothing(pusher, tmp_path):

@@ -1,0 +1,236 @@
+"""A directory on this machine as a place of publication.
+
+A version is copied into a hidden folder beside the versions and renamed, which is one step on a file system; then
+`latest.json` is renamed into place. Changes of `latest.json` take turns by a lock that goes with the process.
+"""
+
+import contextlib
+import dataclasses
+import errno
+import fcntl
+import json
+import os
+import re
+import shutil
+import socket
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+
+from components.pusher import pointer
+from components.pusher.pointer import Event, Pointer, Survey, Version
+from components.pusher.publisher import is_running
+from trainer_module.errors import UserError
+
+_TEMPORARY = ".pushing-"
+_LOCK = ".latest.lock"
+_STALE_SECONDS = 24 * 3600.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Directory:
+    """See the module.
+
+    Attributes:
+        base: the path; made when something is published.
+    """
+
+    base: str
+
+    def path(self, version: str) -> str:
+        """Of a version; of the base itself, where that is a model, as the version "."."""
+        return self.base if version == "." else os.path.join(self.base, version)
+
+    def read(self) -> Pointer:
+        """The pointer; an empty one where none was written.
+
+        Raises:
+            UserError: it is damaged.
+        """
+        path = os.path.join(self.base, pointer.FILE)
+        try:
+            with open(path, encoding="utf-8") as file:
+                return Pointer.from_json(file.read())
+        except (FileNotFoundError, NotADirectoryError):
+            return Pointer()
+        except ValueError as error:
+            raise damaged(path, error) from error
+
+    def update(self, change: Callable[[Pointer], Pointer]) -> Pointer:
+        """Changes the pointer in one step, whoever else does so.
+
+        Args:
+            change: pure; may raise to leave everything as it is.
+
+        Returns:
+            The new pointer.
+        """
+        with self._locked():
+            before = self.read()
+            after = change(before)
+            if after != before:
+                self._write(after)
+            return after
+
+    def look(self) -> Survey:
+        """What is there."""
+        now = self.read()
+        try:
+            names = os.listdir(self.base)
+        except (FileNotFoundError, NotADirectoryError):
+            names = []
+        numbers = sorted((name for name in names if name.isdecimal()), key=int)
+        return Survey(now, tuple(self._version(number) for number in numbers))
+
+    def card(self, version: str) -> dict:
+        """What a version's card says; empty where it has none."""
+        return read_card(self.path(version))
+
+    def sweep(self) -> Survey:
+        """Removes what publishers that were killed have left behind, and tells what is there."""
+        names = os.listdir(self.base) if os.path.isdir(self.base) else []
+        for name in names:
+            path = os.path.join(self.base, name)
+            if _is_stale(name, path):
+                shutil.rmtree(path, ignore_errors=True)
+        return self.look()
+
+    def stage(self, model_path: str, seen: Survey) -> str:
+        """Copies a model to a new version, the highest, which is not in service yet. See `commit`."""
+        del seen  # others may publish during the copy
+        os.makedirs(self.base, exist_ok=True)
+        temporary = self._temporary()
+        try:
+            shutil.copytree(model_path, temporary)
+            _flush(temporary)
+            return self._rename_to_version(temporary)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+    def commit(self, event: Event, seen: Survey) -> None:
+        """Puts a staged version in service, unless a higher one is there already: the publishers take turns."""
+        del seen
+        self.update(lambda now: now if int(now.version or -1) >= int(event.version) else now.serving(event))
+
+    def discard(self, version: str) -> None:
+        """Leaves a staged version that could not be put in service: it is whole, and another try takes it up."""
+
+    def remove(self, versions: Sequence[str]) -> None:
+        """Removes versions that are given up in the pointer; each vanishes in one step."""
+        for version in versions:
+            temporary = self._temporary()
+            with contextlib.suppress(FileNotFoundError):
+                os.rename(self.path(version), temporary)
+                shutil.rmtree(temporary)
+
+    @contextlib.contextmanager
+    def local_copy(self, version: str) -> Iterator[str]:
+        """A folder with the version for the time of the context: the version itself."""
+        yield self.path(version)
+
+    @contextlib.contextmanager
+    def errors_told(self) -> Iterator[None]:
+        """Says in one line what keeps the directory from being written.
+
+        Raises:
+            UserError: it is a file, read-only, full, or else.
+        """
+        try:
+            yield
+        except (OSError, shutil.Error) as error:
+            raise UserError(
+                f"cannot write to push destination {self.base}: {_reason(error)}; "
+                "name a directory that can be written and has room"
+            ) from error
+
+    def _version(self, name: str) -> Version:
+        path = self.path(name)
+        sizes: dict[str, int] = {}
+        for folder, _, files in os.walk(path):
+            for file in files:
+                with contextlib.suppress(FileNotFoundError):
+                    inside = os.path.join(folder, file)
+                    sizes[os.path.relpath(inside, path)] = os.path.getsize(inside)
+        return Version(name, pointer.is_whole(sizes), False, sum(sizes.values()), os.path.getmtime(path))
+
+    def _temporary(self) -> str:
+        return os.path.join(self.base, f"{_TEMPORARY}{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex}")
+
+    def _rename_to_version(self, temporary: str) -> str:
+        while True:
+            version = self.look().next_version()
+            try:
+                os.rename(temporary, self.path(version))
+            except OSError as error:
+                # Another publisher was first with this version: renaming onto a folder with files fails.
+                if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
+                    raise
+            else:
+                _flush_directory(self.base)
+                return version
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        with open(os.path.join(self.base, _LOCK), "w", encoding="ascii") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+    def _write(self, content: Pointer) -> None:
+        path = os.path.join(self.base, pointer.FILE)
+        temporary = f"{path}.new"  # one is enough: the lock is held
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(content.to_json())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _flush_directory(self.base)
+
+
+def read_card(model_path: str) -> dict:
+    """What the card of a model says; empty where it has none, or one that cannot be read."""
+    with (
+        contextlib.suppress(FileNotFoundError, NotADirectoryError, json.JSONDecodeError),
+        open(os.path.join(model_path, pointer.CARD_FILE), encoding="utf-8") as file,
+    ):
+        return json.load(file)
+    return {}
+
+
+def damaged(path: str, error: ValueError) -> UserError:
+    """The refusal of a pointer that cannot be read."""
+    return UserError(
+        f"{path} is damaged ({error}): restore it, or remove it, and the highest whole version is in service"
+    )
+
+
+def _is_stale(name: str, path: str) -> bool:
+    match = re.fullmatch(re.escape(_TEMPORARY) + r"(.+)-(\d+)-[0-9a-f]{32}", name)
+    if not match:
+        return False
+    host, process = match.groups()
+    if host != socket.gethostname():
+        return time.time() - os.path.getmtime(path) > _STALE_SECONDS
+    return not is_running(int(process))
+
+
+def _flush(directory: str) -> None:
+    """Waits until the files are on the disk, so that not even a power cut leaves a version with empty files."""
+    for folder, _, files in os.walk(directory):
+        for file in files:
+            with open(os.path.join(folder, file), "rb") as handle:
+                os.fsync(handle.fileno())
+        _flush_directory(folder)
+
+
+def _flush_directory(directory: str) -> None:
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, shutil.Error):  # of copytree: a list of (from, to, why)
+        return str(error.args[0][0][2]) if error.args and isinstance(error.args[0], list) else str(error)
+    return (getattr(error, "strerror", None) or str(error)).lower()

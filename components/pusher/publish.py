@@ -1,0 +1,276 @@
+"""Publishing models and finding the one in service: below a directory or gs://, without TFX.
+
+A place of publication holds numbered versions, as TensorFlow Serving wants them, and `latest.json`, which names the
+one in service; see `components.pusher.pointer`. Readers ask `resolve` or `local_copy`.
+"""
+
+import contextlib
+import dataclasses
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
+
+from components.pusher import pointer
+from components.pusher.directory import Directory, read_card
+from components.pusher.pointer import Event, Pointer, Survey, Version
+from components.pusher.publisher import this_publisher
+from trainer_module import progress
+from trainer_module.errors import UserError
+
+
+class Place(Protocol):
+    """What `Directory` and `Bucket` have in common; see there."""
+
+    @property
+    def base(self) -> str: ...  # noqa: D102
+    def path(self, version: str) -> str: ...  # noqa: D102
+    def read(self) -> Pointer: ...  # noqa: D102
+    def update(self, change: Callable[[Pointer], Pointer]) -> Pointer: ...  # noqa: D102
+    def look(self) -> Survey: ...  # noqa: D102
+    def card(self, version: str) -> dict: ...  # noqa: D102
+    def sweep(self) -> Survey: ...  # noqa: D102
+    def stage(self, model_path: str, seen: Survey) -> str: ...  # noqa: D102
+    def commit(self, event: Event, seen: Survey) -> None: ...  # noqa: D102
+    def discard(self, version: str) -> None: ...  # noqa: D102
+    def remove(self, versions: Sequence[str]) -> None: ...  # noqa: D102
+    def local_copy(self, version: str) -> contextlib.AbstractContextManager[str]: ...  # noqa: D102
+    def errors_told(self) -> contextlib.AbstractContextManager[None]: ...  # noqa: D102
+
+
+@dataclasses.dataclass(frozen=True)
+class Listed:
+    """A version as `--list` tells it.
+
+    Attributes:
+        number: of the version.
+        state: "in service", "ready" to be gone back to, "withdrawn" by going back, "being published", "removed" but
+            not yet deleted, or "incomplete".
+        size: bytes.
+        created: seconds since 1970.
+    """
+
+    number: str
+    state: str
+    size: int
+    created: float
+
+
+def place(base: str, transfer: Any = None) -> Place:
+    """The place of publication that a path means.
+
+    Args:
+        base: a directory, or gs://BUCKET/PATH.
+        transfer: a `components.pusher.bucket.Transfer`; None for the usual one.
+
+    Raises:
+        UserError: it can be none, or there are no credentials.
+    """
+    base = base.rstrip("/") or "/"
+    if base.startswith("gs:"):
+        from components.pusher import bucket
+
+        bucket.split(base)  # before credentials are looked for, which can take seconds
+        return bucket.Bucket(base, bucket.connect(), transfer or bucket.Transfer())
+    if "://" in base:
+        raise UserError(f"{base}: models are published to a directory or to gs://BUCKET/PATH; name one of these")
+    return Directory(base)
+
+
+def publish(model_path: str, to: Place) -> str:
+    """Copies a model to a new version and puts it in service; whole or not at all.
+
+    Does nothing if the newest version, or the one that somebody went back to, is this very model, as its card says.
+
+    Args:
+        model_path: of a SavedModel on this machine.
+        to: where.
+
+    Returns:
+        The path of the version.
+
+    Raises:
+        UserError: the place cannot be written, or another publisher was faster.
+    """
+    with to.errors_told():
+        seen = to.sweep()
+        if version := _published_already(model_path, to, seen):
+            return to.path(version)
+        version = to.stage(model_path, seen)
+        try:
+            to.commit(_event(version, "published"), seen)
+        except UserError as refusal:
+            if not isinstance(refusal.__cause__, Exception):  # refused for good; else the outcome is not known
+                to.discard(version)
+            raise
+        return to.path(version)
+
+
+def in_service(at: Place) -> str:
+    """The number of the version in service, see `pointer.Survey.serving`.
+
+    Raises:
+        UserError: there is none.
+    """
+    with at.errors_told():
+        seen = at.look()
+        if seen.serving is None:
+            incomplete = ", ".join(version.number for version in seen.versions)
+            what = f"its versions {incomplete} are incomplete" if incomplete else "neither latest.json nor versions"
+            raise UserError(f"{at.base}: no SavedModel there ({what}); name a folder that './moco run' pushed to")
+        return seen.serving
+
+
+def resolve(base: str) -> str:
+    """The path of the version in service; base itself where it is a SavedModel.
+
+    Raises:
+        UserError: there is none, or the place cannot be read.
+    """
+    at, version = _model_at(base)
+    return at.path(version)
+
+
+def versions(at: Place) -> list[Listed]:
+    """All versions with their states, lowest first.
+
+    Raises:
+        UserError: the place cannot be read.
+    """
+    with at.errors_told():
+        seen = at.look()
+        return [
+            Listed(version.number, _state(version, seen), version.size, version.created) for version in seen.versions
+        ]
+
+
+def rollback(at: Place, version: str) -> None:
+    """Puts a version that is there already in service.
+
+    Raises:
+        UserError: there is no such version, it is not whole, or the place cannot be written.
+    """
+    with at.errors_told():
+        found = {candidate.number: candidate for candidate in at.look().versions}
+        if version not in found:
+            raise UserError(f"{at.base}: there is no version {version}; there are: {', '.join(found) or 'none'}")
+        if not found[version].whole or found[version].claimed:
+            raise UserError(f"{at.base}: version {version} is not whole; choose another with --list")
+        event = _event(version, "rolled back")
+
+        def change(now: Pointer) -> Pointer:
+            if version in now.removed:
+                raise UserError(f"{at.base}: version {version} is being removed; choose another with --list")
+            return now if now.version == version else now.serving(event)
+
+        at.update(change)
+
+
+def keep(at: Place, count: int) -> list[str]:
+    """Removes all but the newest whole versions and the one in service. Leaves what is being written.
+
+    Args:
+        at: where.
+        count: how many versions stay, at least 1.
+
+    Returns:
+        The versions that are gone.
+
+    Raises:
+        UserError: count is too small, or the place cannot be written.
+    """
+    if count < 1:
+        raise UserError(f"--keep {count} must be at least 1; e.g. --keep 3")
+    with at.errors_told():
+        doomed = at.sweep().whole[:-count]
+        if not doomed:
+            return []
+        now = at.update(lambda now: now.without(doomed))
+        gone = [version for version in doomed if version in now.removed]
+        at.remove(gone)
+        return gone
+
+
+@contextlib.contextmanager
+def local_copy(path: str) -> Iterator[str]:
+    """A folder on this machine with a model, for the time of the context.
+
+    Args:
+        path: of a SavedModel, or of a place of publication, of which the version in service is taken.
+
+    Raises:
+        UserError: there is none, or it cannot be read.
+    """
+    at, version = _model_at(path)
+    with contextlib.ExitStack() as stack:
+        with at.errors_told():
+            folder = stack.enter_context(at.local_copy(version))
+        yield folder
+
+
+def _model_at(path: str) -> tuple[Place, str]:
+    """A place and a version there, which is "." where the path is of a model itself."""
+    at = place(path)
+    if isinstance(at, Directory):
+        check_folder(at.base)
+        if os.path.isfile(os.path.join(at.base, pointer.SAVED_MODEL)):
+            return at, "."
+    else:
+        above, _, name = at.base.rpartition("/")
+        if name.isdecimal() and above != "gs:/":
+            return place(above), name
+    return at, in_service(at)
+
+
+def check_folder(path: str) -> None:
+    """Refuses what is no folder to read from.
+
+    Raises:
+        UserError: it is missing, a file, or may not be read.
+    """
+    if os.path.isfile(path):
+        raise UserError(f"{path}: is a file; name its folder")
+    if not os.path.isdir(path):
+        raise UserError(
+            f"{path}: there is no such folder; where a model was not blessed nothing is published, see result.json"
+        )
+    if not os.access(path, os.R_OK | os.X_OK):
+        raise UserError(f"{path}: may not be read; change its rights")
+
+
+def _published_already(model_path: str, to: Place, seen: Survey) -> str | None:
+    """The version that is this very model; it is put in service unless somebody has gone back from it."""
+    digest = read_card(model_path).get(pointer.DIGEST)
+    if digest is None:
+        return None
+    now, newest = seen.pointer, next(reversed(seen.whole), None)
+    # One that is higher than the version in service, and was not gone back from, is what TensorFlow Serving serves.
+    candidates = [newest, now.version] if newest and now.is_withdrawn(newest) else [newest]
+    here = [version for version in candidates if version in seen.whole]
+    same = next((version for version in here if to.card(version).get(pointer.DIGEST) == digest), None)
+    if same is None or same == now.version:
+        return same
+    if now.is_withdrawn(same):
+        progress.note(
+            f"{to.base}: this model is version {same}, from which somebody went back to {now.version}, which stays in "
+            f"service; --rollback {same} returns to it"
+        )
+    else:
+        to.commit(_event(same, "published"), seen)
+    return same
+
+
+def _event(version: str, action: pointer.Action) -> Event:
+    return Event(version, action, time.time(), str(this_publisher()))
+
+
+def _state(version: Version, seen: Survey) -> str:
+    if version.number == seen.serving:
+        return "in service"
+    if version.number in seen.pointer.removed:
+        return "removed"
+    if version.claimed:
+        return "being published"
+    if not version.whole:
+        return "incomplete"
+    return "withdrawn" if seen.pointer.is_withdrawn(version.number) else "ready"

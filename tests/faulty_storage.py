@@ -1,0 +1,363 @@
+"""Google Cloud Storage on loopback, with faults: gcp-storage-emulator behind a proxy of TCP and HTTP.
+
+The proxy passes requests on to the emulator one at a time, and adds what the emulator lacks and our protocols rest on:
+  - conditions (ifGenerationMatch) of uploads and deletions, at the start and at the end of resumable ones: 412;
+  - `generation` of downloads, and its header;
+  - resumable uploads: bytes that were stored already are passed over when they are sent again, and a finished session
+    answers again what it answered;
+  - rights, retention policies: answers that a test sets.
+A `plan` decides what becomes of a request: it is called with the request's number, from 0, and the request.
+"""
+
+import dataclasses
+import enum
+import http.client
+import json
+import re
+import socket
+import struct
+import threading
+import time
+import urllib.parse
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+from gcp_storage_emulator.server import create_server
+
+
+class Fault(enum.Enum):
+    """What becomes of one request."""
+
+    request_cut = "half of the body arrives, then the connection is reset; resumable uploads keep that half"
+    request_lost = "the whole request is read and never acted on"
+    answer_lost = "the request is acted on, and the connection is reset before the answer"
+    answer_cut = "the answer ends in the midst of its body"
+    answer_slow = "the answer comes in driblets"
+    answer_stalls = "the answer begins and goes on only after the client has lost its patience"
+    unavailable = "503, not acted on"
+    unavailable_after = "503, but acted on"
+    too_many = "429"
+    timed_out = "408"
+    flipped_upload = "one byte of what is uploaded arrives as another"
+    flipped_download = "one byte of what is downloaded arrives as another"
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """An HTTP request that was read from its first byte to its last."""
+
+    method: str
+    path: str
+    headers: dict[str, str]
+    body: bytes
+
+    @property
+    def query(self) -> dict[str, str]:
+        return dict(urllib.parse.parse_qsl(urllib.parse.urlparse(self.path).query))
+
+    @property
+    def is_upload(self) -> bool:
+        return self.path.startswith("/upload/") and bool(self.body)
+
+    @property
+    def is_download(self) -> bool:
+        return self.query.get("alt") == "media" or self.path.startswith("/download/")
+
+    def __str__(self) -> str:
+        return f"{self.method} {self.path}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+
+Plan = Callable[[int, Request], Fault | Answer | None]
+
+
+def no_faults(number: int, request: Request) -> None:
+    """The plan under which everything goes well."""
+
+
+def refusal(status: int, reason: str, message: str) -> Answer:
+    """An error as the service words it."""
+    error = {"code": status, "message": message, "errors": [{"reason": reason, "message": message}]}
+    return Answer(status, {"Content-Type": "application/json"}, json.dumps({"error": error}).encode())
+
+
+class Storage:
+    """One emulator and any number of proxies in front of it."""
+
+    def __init__(self, bucket: str):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self._port = probe.getsockname()[1]
+        self.bucket = bucket
+        self._emulator = create_server("127.0.0.1", self._port, in_memory=True, default_bucket=bucket)
+        self._emulator.start()
+        self._turns = threading.RLock()
+        self._sessions: dict[str, _Session] = {}
+
+    def stop(self) -> None:
+        # It looks up only every half second, for which nobody has to wait.
+        threading.Thread(target=self._emulator.stop, daemon=True).start()
+
+    def objects(self) -> dict[str, bytes]:
+        """All objects by name, read from the emulator itself."""
+        listed = json.loads(self._ask(Request("GET", f"/storage/v1/b/{self.bucket}/o", {}, b"")).body)
+        names = [item["name"] for item in listed["items"]]
+        return {name: self._ask(Request("GET", self._object(name) + "?alt=media", {}, b"")).body for name in names}
+
+    def serve(self, request: Request) -> Answer:
+        """Acts on a request as the service would."""
+        with self._turns:
+            answer = self._act(request)
+        # The emulator remembers under which address an object was uploaded; proxies come and go.
+        here = b'"mediaLink": "http://' + request.headers.get("host", "").encode() + b"/"
+        return dataclasses.replace(answer, body=re.sub(rb'"mediaLink": "http://[^/"]+/', here, answer.body))
+
+    def _act(self, request: Request) -> Answer:
+        query = request.query
+        if "upload_id" in query:
+            return self._continue(request, query["upload_id"])
+        name = query.get("name") or _named(request)
+        if "ifGenerationMatch" in query and not self._matches(name, query["ifGenerationMatch"]):
+            return _precondition_failed()
+        if request.is_download and "generation" in query and not self._matches(name, query["generation"]):
+            return refusal(404, "notFound", "No such generation")
+        answer = self._ask(request)
+        if query.get("uploadType") == "resumable" and answer.status == 200:
+            session = dict(urllib.parse.parse_qsl(urllib.parse.urlparse(answer.headers["Location"]).query))["upload_id"]
+            self._sessions[session] = _Session(name, query.get("ifGenerationMatch"))
+        if request.is_download and answer.status in (200, 206):
+            answer.headers["X-Goog-Generation"] = self._generation(name)
+        return answer
+
+    def _continue(self, request: Request, upload_id: str) -> Answer:
+        session = self._sessions.get(upload_id)
+        if session is None:
+            return refusal(404, "notFound", "No such upload")
+        if session.answer:
+            return session.answer
+        asked = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+|\*)", request.headers.get("content-range", ""))
+        if asked and int(asked[1]) < session.stored:  # some of it was stored by an earlier try
+            fresh = request.body[session.stored - int(asked[1]) :]
+            if not fresh:
+                return Answer(308, {"Range": f"bytes=0-{session.stored - 1}"}, b"")
+            range_ = f"bytes {session.stored}-{asked[2]}/{asked[3]}"
+            request = dataclasses.replace(request, body=fresh, headers=request.headers | {"content-range": range_})
+        ends = asked and asked[3] != "*" and int(asked[2]) + 1 == int(asked[3])
+        if ends and session.condition is not None and not self._matches(session.name, session.condition):
+            return _precondition_failed()
+        answer = self._ask(request)
+        if answer.status == 308 and asked:
+            session.stored = int(asked[2]) + 1
+        elif answer.status == 200:
+            session.answer = answer
+        return answer
+
+    def keep_half(self, request: Request) -> None:
+        """Stores the first half of a piece of a resumable upload, as the service does with what has arrived."""
+        asked = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+|\*)", request.headers.get("content-range", ""))
+        if asked and "upload_id" in request.query and len(request.body) > 1:
+            half = request.body[: len(request.body) // 2]
+            range_ = f"bytes {asked[1]}-{int(asked[1]) + len(half) - 1}/{asked[3]}"
+            self.serve(dataclasses.replace(request, body=half, headers=request.headers | {"content-range": range_}))
+
+    def _matches(self, name: str, generation: str) -> bool:
+        return self._generation(name) == generation
+
+    def _generation(self, name: str) -> str:
+        answer = self._ask(Request("GET", self._object(name), {}, b""))
+        return json.loads(answer.body)["generation"] if answer.status == 200 else "0"
+
+    def _object(self, name: str) -> str:
+        return f"/storage/v1/b/{self.bucket}/o/{urllib.parse.quote(name, safe='')}"
+
+    def _ask(self, request: Request) -> Answer:
+        with self._turns, closing(http.client.HTTPConnection("127.0.0.1", self._port, timeout=30)) as connection:
+            headers = {key: value for key, value in request.headers.items() if key.lower() not in _HOP_BY_HOP}
+            connection.request(request.method, request.path, request.body or None, headers)
+            response = connection.getresponse()
+            body = response.read()
+            kept = {key: value for key, value in response.getheaders() if key.lower() not in _HOP_BY_HOP}
+            return Answer(response.status, kept, body)
+
+
+_HOP_BY_HOP = ("connection", "content-length", "transfer-encoding", "date", "server", "accept-encoding", "expect")
+
+
+@dataclasses.dataclass
+class _Session:
+    """A resumable upload: what it makes, on what condition, how many bytes are there, and how it ended."""
+
+    name: str
+    condition: str | None
+    stored: int = 0
+    answer: Answer | None = None
+
+
+def _precondition_failed() -> Answer:
+    return refusal(412, "conditionNotMet", "At least one of the pre-conditions you specified did not hold.")
+
+
+def _named(request: Request) -> str:
+    found = re.search(r"/o/([^?]+)", request.path)
+    if found:
+        return urllib.parse.unquote(found[1])
+    part = re.search(rb'\{.*?"name": ?"([^"]+)".*?\}', request.body)
+    return part[1].decode() if part else ""
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 128
+
+    def __init__(self, storage: Storage, plan: Plan):
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.storage, self.plan = storage, plan
+        self.requests: list[Request] = []
+        self.numbers = threading.Lock()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Says nothing: clients that are killed, and connections that we reset ourselves, are what is tested."""
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+    server: _Server
+
+    def do_GET(self) -> None:
+        server = self.server
+        length = int(self.headers.get("Content-Length") or 0)
+        request = Request(
+            self.command,
+            self.path,
+            {key.lower(): value for key, value in self.headers.items()},
+            self.rfile.read(length),
+        )
+        if len(request.body) < length:  # the client was killed while it sent
+            server.storage.keep_half(request)
+            self.close_connection = True
+            return
+        with server.numbers:
+            number = len(server.requests)
+            server.requests.append(request)
+        fault = server.plan(number, request)
+        if isinstance(fault, Answer):
+            self._send(fault)
+        else:
+            self._answer(request, fault)
+
+    do_POST = do_PUT = do_DELETE = do_PATCH = do_GET  # noqa: N815
+
+    def _answer(self, request: Request, fault: Fault | None) -> None:
+        storage = self.server.storage
+        refusals = {
+            Fault.unavailable: refusal(503, "backendError", "Service Unavailable"),
+            Fault.too_many: refusal(429, "rateLimitExceeded", "Too many requests"),
+            Fault.timed_out: refusal(408, "uploadBrokenConnection", "Request Timeout"),
+        }
+        if fault in refusals:
+            return self._send(refusals[fault])
+        if fault is Fault.request_cut:
+            storage.keep_half(request)
+        if fault in (Fault.request_cut, Fault.request_lost):
+            return self._reset()
+        if fault is Fault.flipped_upload and request.is_upload:
+            request = dataclasses.replace(request, body=_flipped(request))
+        answer = storage.serve(request)
+        if fault is Fault.answer_lost:
+            return self._reset()
+        if fault is Fault.unavailable_after:
+            return self._send(refusals[Fault.unavailable])
+        if fault is Fault.flipped_download and request.is_download and answer.body:
+            middle = len(answer.body) // 2
+            changed = bytes([answer.body[middle] ^ 1])
+            answer = dataclasses.replace(answer, body=answer.body[:middle] + changed + answer.body[middle + 1 :])
+        return self._send(answer, fault)
+
+    def _send(self, answer: Answer, fault: Fault | None = None) -> None:
+        self.send_response_only(answer.status)
+        for key, value in answer.headers.items():
+            self.send_header(key, value)
+        self.send_header("Content-Length", str(len(answer.body)))
+        self.end_headers()
+        half = len(answer.body) // 2
+        if fault is Fault.answer_cut:
+            self.wfile.write(answer.body[:half])
+            self._reset()
+        elif fault is Fault.answer_stalls:
+            self.wfile.write(answer.body[:half])
+            self.connection.settimeout(20)
+            with suppress(OSError):
+                self.connection.recv(1)  # until the client hangs up
+            self.close_connection = True
+        elif fault is Fault.answer_slow:
+            step = max(1, len(answer.body) // 8)
+            for start in range(0, len(answer.body), step):
+                self.wfile.write(answer.body[start : start + step])
+                time.sleep(0.02)
+        else:
+            self.wfile.write(answer.body)
+
+    def _reset(self) -> None:
+        """Ends the connection as a crash would: by a reset, not by a farewell."""
+        self.close_connection = True
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        with suppress(OSError):
+            self.wfile.flush()
+        self.connection.close()
+
+    def log_message(self, format: str, *arguments: Any) -> None:
+        """Says nothing."""
+
+
+def _flipped(request: Request) -> bytes:
+    """The body with one bit of the object's own bytes changed: of the last part where there are several."""
+    body = request.body
+    if request.query.get("uploadType") != "multipart":
+        middle = len(body) // 2
+    else:
+        start = body.rindex(b"\r\n\r\n") + 4
+        end = body.rindex(b"\r\n--")
+        middle = (start + end) // 2 if end > start else start
+    return body[:middle] + bytes([body[middle] ^ 1]) + body[middle + 1 :]
+
+
+@contextmanager
+def storage(bucket: str = "models") -> Iterator[Storage]:
+    """An empty bucket, for the time of the context."""
+    made = Storage(bucket)
+    try:
+        yield made
+    finally:
+        made.stop()
+
+
+@contextmanager
+def proxy(behind: Storage, plan: Plan = no_faults) -> Iterator[_Server]:
+    """A proxy; `server_port` is where it listens, `requests` what it was asked."""
+    server = _Server(behind, plan)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def url(server: _Server) -> str:
+    """What STORAGE_EMULATOR_HOST has to be."""
+    return f"http://127.0.0.1:{server.server_port}"
+
+
+def at_request(number: int, fault: Fault) -> Plan:
+    """A fault that strikes once."""
+    return lambda current, _: fault if current == number else None
