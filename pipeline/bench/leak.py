@@ -102,9 +102,10 @@ def measure(out: str | None = None) -> Mapping[str, float]:
         if mode not in curves:
             curves[mode] = train_mode(KeyBnMode[mode], scale, data)
             save(folder / "curves.json", scale, curves)
-    draw(curves, folder / "leak.png")
+    in_order_of_modes = {mode: curves[mode] for mode in MODES}
+    draw(in_order_of_modes, folder / "leak.png")
     console.line(f"curves and picture: {folder}")
-    return table(curves)
+    return table(in_order_of_modes)
 
 
 def make_data(scale: Scale) -> Data:
@@ -148,7 +149,7 @@ def make_data(scale: Scale) -> Data:
     return Data(views, centre(images[True]), np.array(labels[True]), centre(images[False]), np.array(labels[False]))
 
 
-def train_mode(mode: KeyBnMode, scale: Scale, data: Data) -> list[list[Point]]:
+def train_mode(mode: KeyBnMode, scale: Scale, data: Data, *, shuffled: bool = True) -> list[list[Point]]:
     """Trains one mode with each seed.
 
     `split` trains on one device with as many groups as the others have replicas; `sync` on one, too, where it is plain
@@ -157,11 +158,18 @@ def train_mode(mode: KeyBnMode, scale: Scale, data: Data) -> list[list[Point]]:
     A seed decides the weights, the queue and the order of the images. The loop is compiled once for all of them, and so
     the permutations are those of the first.
 
+    Args:
+        mode: of train.key_bn.
+        scale: of the experiment.
+        data: images and views.
+        shuffled: False leaves keys with their queries; `split` then is `none` on as many replicas.
+
     Returns:
         A curve for each seed.
     """
     from trainer_module.build import build, first_state
     from trainer_module.driver import Driver, learning_rate, named
+    from trainer_module.shuffle import in_order
     from trainer_module.strategy import make_strategy
 
     config = TrainConfig(
@@ -180,8 +188,9 @@ def train_mode(mode: KeyBnMode, scale: Scale, data: Data) -> list[list[Point]]:
     builds = [
         build(encoder_config, config, scale.size, mean, std, learning_rate(config, steps), seed) for seed in SEEDS
     ]
+    moco = builds[0].moco if shuffled else dataclasses.replace(builds[0].moco, encode_keys=in_order)
     strategy = make_strategy(config.replicas)
-    driver = Driver(builds[0].moco, config, strategy)
+    driver = Driver(moco, config, strategy)
     step = driver.compiled_step()
     curves = []
     for seed, built in zip(SEEDS, builds, strict=True):
@@ -229,7 +238,7 @@ def _knn(backbone: Any, data: Data, mean: tuple[float, ...], std: tuple[float, .
 def table(curves: Mapping[str, list[list[Point]]]) -> dict[str, float]:
     """The end of each curve: mean over the seeds and half the range."""
     figures: dict[str, float] = {}
-    for mode in MODES:
+    for mode in curves:
         ends = [Point(*curve[-1]) for curve in curves[mode]]
         for name in ("pretext_top1", "knn_top1"):
             values = [getattr(end, name) for end in ends]
@@ -247,7 +256,7 @@ def draw(curves: Mapping[str, list[list[Point]]], path: Path) -> None:
     for axis, name, title in zip(
         figure.subplots(1, 2), ("pretext_top1", "knn_top1"), ("pretext top-1", "kNN top-1 (k = 20)"), strict=True
     ):
-        for number, mode in enumerate(MODES):
+        for number, mode in enumerate(curves):
             runs = [[Point(*point) for point in curve] for curve in curves[mode]]
             epochs = [point.epoch for point in runs[0]]
             values = np.array([[getattr(point, name) for point in run] for run in runs])
