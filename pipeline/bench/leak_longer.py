@@ -1,6 +1,6 @@
 """The leak experiment twice as long, with and without shuffling, on one device whose 8 groups stand for 8 replicas.
 
-Groups of one device are replicas to rounding, as a test of trainer_module.shuffle shows, and train several times faster.
+Groups of one device are replicas to rounding, as a test of trainer_module.shuffle shows, and train much faster.
 Takes ten minutes.
 """
 
