@@ -105,7 +105,7 @@ def test_the_command_compiles_a_step_with_the_real_compiler_and_writes_what_it_s
     assert report["compiles"]
     assert (report["topology"], report["cores"], report["batch_per_core"]) == ("v4:2x2x1", 4, 8)
     exchanged = {c["part"]: c for c in report["exchanged"]}
-    rows, embeddings = 32 * 16 * 16 * 3 * 2, 32 * 128 * 4  # bfloat16 images, float32 keys, of the global batch
+    rows, embeddings = 32 * 16 * 16 * 3, 32 * 128 * 4  # images at a byte a pixel, float32 keys, of the global batch
     assert exchanged["key_shuffle"]["bytes"] == rows
     assert exchanged["key_return"]["bytes"] == embeddings
     assert exchanged["key_return"]["received"] == embeddings * 2 * 3 / 4
@@ -119,7 +119,7 @@ def test_a_step_that_needs_more_memory_than_the_chip_has_is_the_compiler_s_word_
     tpu_environments, tmp_path, capsys
 ):
     file = tmp_path / "report.json"
-    assert cli.main(["tpu-report", *SMALL, "--batch-per-core", "4096", "--json", str(file)]) == cli.FAILED
+    assert cli.main(["tpu-report", *SMALL, "--batch-per-core", "8192", "--json", str(file)]) == cli.FAILED
     (report,) = json.loads(file.read_text())["reports"]
     assert not report["compiles"]
     assert report["needed"] > report["available"] > 15 * GIB
