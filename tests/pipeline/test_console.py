@@ -199,7 +199,10 @@ def test_component_lines_are_aligned():
 
 
 def python(code: str, **settings) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, check=True, timeout=120, **settings)
+    # Without what a command that another test ran in this process has set to be quiet.
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONWARNINGS"}
+    arguments = [sys.executable, "-c", code]
+    return subprocess.run(arguments, cwd=ROOT, text=True, check=True, timeout=120, **{"env": environment, **settings})
 
 
 CHATTER = """
