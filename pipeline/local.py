@@ -82,6 +82,8 @@ def _run(config: Config, images: str, home: Path, require_blessing: bool) -> int
             console.line(console.component_line(node.id, text, node.seconds, node.cached))
         if node.id == "ImageExampleGen":
             _check_sizes(config, report.ingested(node)["train"], places.root, stored=node.cached)
+        if node.id == "Trainer":  # its model is kept, so other settings may train now, whatever becomes of what follows
+            clear(places.checkpoints, LOGS)
 
     began = time.monotonic()
     runner = _Runner(finished)
@@ -92,7 +94,6 @@ def _run(config: Config, images: str, home: Path, require_blessing: bool) -> int
         raise
     result = report.collect(nodes, time.monotonic() - began)
     _write(home / "result.json", report.to_json(result))
-    clear(places.checkpoints, LOGS)
     for line in report.summary(result, nodes, config, images, home):
         console.line(line)
     return 1 if require_blessing and not result["blessed"] else 0
