@@ -116,7 +116,7 @@ def judge(history: History, interval: Interval, config: TrainConfig) -> tuple[Hi
 
 
 def sounding(intervals: Iterable[Interval], config: TrainConfig) -> dict[Kind, str]:
-    """Returns what is still wrong after the last interval: the text of each alarm that was raised and has not cleared."""
+    """Returns what is still wrong after the last interval: alarms that were raised and have not cleared."""
     history, texts = History(), dict[Kind, str]()
     for interval in intervals:
         history, alarms = judge(history, interval, config)

@@ -146,7 +146,9 @@ class EvaluationModule(tf.Module):
         """string[M] each -> float32[M, 2, size, size, 3] in [0, 255]."""
         size = self._augment.size
         pairs = tf.map_fn(
-            lambda one: view_pair(tf.io.decode_png(one[0], channels=3), one[1], tf.constant(0, tf.int64), 0, self._augment),
+            lambda one: view_pair(
+                tf.io.decode_png(one[0], channels=3), one[1], tf.constant(0, tf.int64), 0, self._augment
+            ),
             (stored, identities),
             fn_output_signature=tf.TensorSpec([2, size, size, 3], tf.uint8),
         )

@@ -3,18 +3,18 @@
 | metric | formula | source |
 |---|---|---|
 | embedding_std | standard deviation of each dimension of unit vectors, averaged | arXiv 2011.10566, section 4.1 |
-| effective_rank | exp of the entropy of the singular values, normalised to sum 1 (RankMe) | arXiv 2210.02885, equation 1 |
+| effective_rank | exp of the entropy of the singular values, normalised to sum 1 (RankMe) | arXiv 2210.02885, eq. 1 |
 | uniformity | log of the mean of exp(-2 squared distance) over pairs of images | arXiv 2005.10242, section 4.1.2 |
 | alignment | mean squared distance of two views of the same image | arXiv 2005.10242, section 4.1.1 |
 | neighbour_consistency | mean share of the k nearest images that two views of an image have in common | below |
 
-Neighbour consistency: among the images' own embeddings, each view's image left out, k = 10 or a tenth of the images where
-that is fewer; by chance k / (n - 1) is shared. Unlike alignment it does not gain by mapping everything to one point, and
-unlike rank it does not gain by noise.
+Neighbour consistency: among the images' own embeddings, each view's image left out, k = 10 or a tenth of the images
+where that is fewer; by chance k / (n - 1) is shared. Unlike alignment it does not gain by mapping everything to one
+point, and unlike rank it does not gain by noise.
 
 Intervals come of resampled images. Of the rank, the directions stay those of all images and their variances are drawn
-anew (a first-order perturbation of the eigenvalues): drawn with repetition, few images span fewer directions, which would
-put the whole interval below the figure.
+anew (a first-order perturbation of the eigenvalues): drawn with repetition, few images span fewer directions, which
+would put the whole interval below the figure.
 """
 
 import numpy as np

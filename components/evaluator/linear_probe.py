@@ -1,9 +1,9 @@
 """A linear classifier on frozen embeddings.
 
 A multinomial logistic regression by L-BFGS on standardised features, the protocol of scikit-learn and of CLIP's linear
-probes (arXiv 2103.00020, section 3.2); MoCo's own, 100 epochs of SGD at rate 30 (arXiv 1911.05722, section 4.1), comes to
-the same optimum only on sets of ImageNet's size. Features of more than 512 dimensions, such as raw pixels, are reduced to
-their principal components first.
+probes (arXiv 2103.00020, section 3.2); MoCo's own, 100 epochs of SGD at rate 30 (arXiv 1911.05722, section 4.1), comes
+to the same optimum only on sets of ImageNet's size. Features of more than 512 dimensions, such as raw pixels, are
+reduced to their principal components first.
 """
 
 import dataclasses
@@ -44,7 +44,8 @@ class Probe:
 
 
 def fit(vectors: NDArray[np.floating], labels: NDArray[np.int64]) -> Probe:
-    """Fits a probe. The strength of its regularisation is chosen on each fifth of the given images, then all are fitted.
+    """Fits a probe. The strength of its regularisation is chosen on each fifth of the given images, then all are
+    fitted.
 
     Args:
         vectors: [N, D], N at least 1, of the train split alone, in an order that tells nothing of the label.
@@ -66,7 +67,7 @@ def fit(vectors: NDArray[np.floating], labels: NDArray[np.int64]) -> Probe:
 
 
 def _principal(features: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Returns float32 [D, P], P at most _COMPONENTS: all directions where D is no more, else the principal ones of [N, D]."""
+    """Returns float32 [D, P], P at most _COMPONENTS: all directions where D is no more, else the main ones."""
     if features.shape[1] <= _COMPONENTS:
         return np.eye(features.shape[1], dtype=np.float32)
     components = min(_COMPONENTS, len(features))

@@ -78,12 +78,16 @@ def mean_estimates(values: NDArray[np.floating]) -> list[Estimate]:
         return [NOTHING] * values.shape[1]
     draws = mean_draws(values)
     there = np.isfinite(values)
-    means = [float(np.mean(column[mask])) if mask.any() else float("nan") for column, mask in zip(values.T, there.T, strict=True)]
+    means = [
+        float(np.mean(column[mask])) if mask.any() else float("nan")
+        for column, mask in zip(values.T, there.T, strict=True)
+    ]
     return [Estimate(mean, *interval(column)) for mean, column in zip(means, draws.T, strict=True)]
 
 
 def sign_test(first: NDArray[np.floating], second: NDArray[np.floating]) -> float:
-    """The exact sign test of paired figures; of right and wrong answers it is McNemar's (Psychometrika 12, 1947), exactly.
+    """The exact sign test of paired figures; of right and wrong answers it is McNemar's (Psychometrika 12, 1947),
+    exactly.
 
     Args:
         first, second: float [N], of the same images, such as 1 where a model is right and 0 where it is wrong; images

@@ -1,7 +1,7 @@
 """The rules of the blessing, each with its outcome in words. Pure.
 
-A model is blessed when no rule is broken. The score is kNN top-1, or neighbour consistency where labels say nothing (none,
-or one class alone).
+A model is blessed when no rule is broken. The score is kNN top-1, or neighbour consistency where labels say nothing
+(none, or one class alone).
 
 | rule | it holds when |
 |---|---|
@@ -9,14 +9,14 @@ or one class alone).
 | finite_passed | every embedding of both splits is finite |
 | embedding_std_passed | the spread is at least `min_embedding_std` of a uniform one |
 | effective_rank_passed | the effective rank is at least `min_effective_rank`, or half of what is possible |
-| gain_passed | the paired interval of score - untrained score lies above `min_gain`, and the exact sign test agrees (*) |
-| not_worse_passed | the score is at most `tolerance` below the last blessed model's, or the exact sign test on the same eval |
-| | images does not tell the two apart |
+| gain_passed | the paired interval of score - untrained score is above `min_gain`, and the exact sign test agrees (*) |
+| not_worse_passed | the score is at most `tolerance` below the last blessed model's, or the exact sign test on the |
+| | same eval images does not tell the two apart |
 | leak_passed | the alarm of a leak through batch normalisation does not sound at the end of training |
 (*) since the interval of a few images is too narrow; with `min_gain` below 0 no gain is asked for, and no test.
 
-So a fall beyond the tolerance is blessed only where noise explains it, and a small eval split explains much: what it cannot
-tell apart is best made larger.
+So a fall beyond the tolerance is blessed only where noise explains it, and a small eval split explains much: what it
+cannot tell apart is best made larger.
 """
 
 import math
@@ -121,7 +121,9 @@ def _images_of(count: int, split: str) -> str:
 def _spread(found: Findings, config: EvaluateConfig) -> Rule:
     holds, limit = found.spread >= config.min_embedding_std, config.min_embedding_std
     if holds:
-        return Rule("embedding_std_passed", True, f"their spread is {found.spread:.3f} of a uniform one, at least {limit:g}")
+        return Rule(
+            "embedding_std_passed", True, f"their spread is {found.spread:.3f} of a uniform one, at least {limit:g}"
+        )
     return Rule(
         "embedding_std_passed",
         False,
