@@ -6,6 +6,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from trainer_module.knn import votes
+
 # The representations of an image by the candidate's export, and how the names of their metrics begin.
 PREFIXES: Mapping[str, str] = {"embedding": "", "untrained_embedding": "random_init_", "pixels": "pixel_"}
 EMBEDDING = "embedding"
@@ -53,9 +55,7 @@ def nothing_asked() -> NDArray[np.float32]:
 def vote(
     similarities: NDArray[np.floating], labels: NDArray[np.int64], k: int, temperature: float, count: int
 ) -> NDArray[np.int64]:
-    """The classes with the most votes of weighted kNN, the most first; of equal ones the smallest first.
-
-    Weight exp(cosine similarity / T) (InstDisc, arXiv 1805.01978, section 3.4).
+    """The classes with the most votes of weighted kNN, see trainer_module.knn; of equal ones the smallest first.
 
     Args:
         similarities: [n], of the neighbours, the nearest first.
@@ -64,14 +64,11 @@ def vote(
         temperature: T.
         count: classes at the most.
     """
-    nearest = similarities[:k].astype(np.float64)
-    if not nearest.size:
+    if not len(labels):
         return np.zeros(0, np.int64)
-    # Dividing all weights by the largest keeps exp() in range for a small T and changes no vote.
-    weights = np.exp((nearest - nearest[0]) / temperature)
     classes, which = np.unique(labels[:k], return_inverse=True)
-    votes = np.bincount(which, weights)
-    return classes[np.argsort(-votes, kind="stable")[:count]]
+    given = votes(similarities[None, :k], which[None], len(classes), temperature)[0]
+    return classes[np.argsort(-given, kind="stable")[:count]]
 
 
 def hits_of(label: int, voted: NDArray, retrieved: NDArray, ranked: NDArray | None) -> NDArray[np.float32]:
