@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import math
 import os
 import tarfile
 from collections.abc import Callable
@@ -10,12 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from judged import judged
 
 from components.evaluator.config import EvaluateConfig
 from components.evaluator.resampling import Estimate
 from components.evaluator.scorecard import COUNTS, METRICS, OF_A_MODEL, RULES, Scorecard, score
-
-from judged import judged
 
 TARS = sorted((Path(__file__).parents[3] / "configs" / "demo_images").glob("*.tar"))
 CONFIG = EvaluateConfig(knn_k=20)
@@ -364,6 +362,6 @@ def test_a_model_whose_files_are_gone_is_refused_in_one_line(run, tmp_path):
     from trainer_module.errors import UserError
 
     gone = str(tmp_path / "model" / "Format-Serving")
-    with pytest.raises(UserError, match="last blessed model .* is gone, .*missing_baseline=skip") as refusal:
+    with pytest.raises(UserError, match=r"last blessed model .* is gone, .*missing_baseline=skip") as refusal:
         eval_model.custom_eval_shared_model(gone, tfma.BASELINE_KEY, make_eval_config(CONFIG, code="test"))
     assert "\n" not in str(refusal.value)
