@@ -14,7 +14,14 @@ from tfx.components.evaluator.constants import ARTIFACT_PROPERTY_BLESSED_KEY
 from tfx.types import Artifact
 from tfx.utils import io_utils
 
-from components.evaluator.eval_config import read_metrics, read_validation
+from components.evaluator.eval_config import (
+    as_json,
+    read_intervals,
+    read_metrics,
+    read_notes,
+    read_rules,
+    read_validation,
+)
 from components.transform.preprocessing import LABEL_VOCABULARY
 from components.transform.statistics import read_anomalies, read_missing_labels
 from pipeline.config import Config
@@ -29,6 +36,15 @@ _METRICS = (
     "embedding_std",
     "effective_rank",
     "uniformity",
+    "neighbour_consistency",
+    "random_init_neighbour_consistency",
+    "knn_top5",
+    "linear_top5",
+    "random_init_linear_top1",
+    "pixel_linear_top1",
+    "recall_at_1",
+    "recall_at_5",
+    "recall_at_10",
 )
 _TRAIN = ("steps", "images_per_second", "final_loss", "strategy", "replicas")
 _COUNTS = ("read", "ingested", "quarantined", "duplicates", "train", "eval")
@@ -69,6 +85,7 @@ def collect(nodes: Sequence[Node], seconds: float) -> dict[str, Any]:
     by_id = {node.id: node for node in nodes}
     training = _training(by_id["Trainer"])
     metrics = read_metrics(by_id["Evaluator"].uri("evaluation"))
+    estimates = read_intervals(by_id["Evaluator"].uri("evaluation"))
     blessed = _blessed(by_id["Evaluator"])
     counts = ingested(by_id["ImageExampleGen"])
     return {
@@ -76,6 +93,8 @@ def collect(nodes: Sequence[Node], seconds: float) -> dict[str, Any]:
         "blessed": blessed,
         "pushed_model": _pushed(by_id["Pusher"]),
         "images": {key: counts[key] for key in _COUNTS},
+        "rules": [rule._asdict() for rule in read_rules(by_id["Evaluator"].uri("evaluation"))],
+        "intervals": as_json({name: estimates[name] for name in _METRICS if name in estimates}),
         "metrics": {name: metrics.get(name) for name in _METRICS}
         | {"pretext_top1": training["pretext_top1"], "alignment": training["alignment"]},
         "train": {name: training[name] for name in _TRAIN},
@@ -128,8 +147,9 @@ def summary(result: Mapping[str, Any], nodes: Sequence[Node], config: Config, im
             f"{config.encoder.name} (width {config.encoder.width}), {train['steps']:,} steps of "
             f"{config.train.global_batch} images on {train['replicas']} replicas, loss {train['final_loss']:.2f}",
         ),
-        *_quality(result["metrics"], counts, config),
+        *_quality(result["metrics"], result["intervals"], counts, config),
         ("blessed", _verdict(result, by_id["Evaluator"])),
+        *_rules(by_id["Evaluator"]),
         ("encoder", _encoder(result, by_id)),
         ("took", _took(result["seconds"]["total"], result["cached"])),
         ("details", f"{_shown(home / 'result.json')}, {_shown(home / 'log.txt')}"),
@@ -165,31 +185,62 @@ def _notes(by_id: Mapping[str, Node]) -> Iterator[str]:
         yield f"{counts['quarantined']:,} unusable: {_shown(by_id['ImageExampleGen'].uri('examples'))}/quarantine.jsonl"
     if counts.get("label_conflicts"):
         yield f"{counts['label_conflicts']:,} images stand under more than one label; the first path's is used"
+    if counts.get("near_duplicates"):
+        yield _near_duplicates(by_id["ImageExampleGen"], counts)
+    yield from read_notes(by_id["Evaluator"].uri("evaluation"))
     yield from read_anomalies(by_id["ExampleValidator"].uri("anomalies"))
     yield from read_missing_labels(by_id["StatisticsGen"].uri("statistics"))
 
 
+def _near_duplicates(node: Node, counts: Mapping[str, int]) -> str:
+    dropped = counts["near_duplicates_dropped"]
+    what = f"of which {dropped:,} were dropped" if dropped else "and stay; ingest.near_duplicates=drop leaves them out"
+    listed = _shown(f"{node.uri('examples')}/near_duplicates.jsonl")
+    return f"{counts['near_duplicates']:,} eval images look like one of the train split, {what}: {listed}"
+
+
 def _quality(
-    metrics: Mapping[str, float | None], images: Mapping[str, int], config: Config
+    metrics: Mapping[str, float | None],
+    intervals: Mapping[str, Mapping[str, float | None]],
+    images: Mapping[str, int],
+    config: Config,
 ) -> Iterator[tuple[str, str]]:
     if metrics["knn_top1"] is None:
-        yield "quality", f"no labels: effective rank {_figure(metrics['effective_rank'], 1)}"
+        yield (
+            "quality",
+            (
+                f"no labels: two views share {_figure(metrics['neighbour_consistency'])} of their neighbours "
+                f"({_figure(metrics['random_init_neighbour_consistency'])} untrained), "
+                f"effective rank {_figure(metrics['effective_rank'], 1)}"
+            ),
+        )
         return
     neighbours = min(config.evaluate.knn_k, images["train"])
-    yield (
-        "kNN top-1",
-        f"{_figure(metrics['knn_top1'])} trained, {_figure(metrics['random_init_knn_top1'])} untrained, "
-        f"{_figure(metrics['pixel_knn_top1'])} raw pixels  (backbone, k = {neighbours}, "
-        f"T = {config.evaluate.knn_temperature:g})",
-    )
+    t = config.evaluate.knn_temperature
+    yield "kNN top-1", f"{_beside(metrics, intervals, 'knn_top1')}  (backbone, k = {neighbours}, T = {t:g})"
     if metrics["linear_top1"] is not None:
-        yield "linear", f"{_figure(metrics['linear_top1'])} top-1 of a linear probe"
+        yield "linear", f"{_beside(metrics, intervals, 'linear_top1')}  (a linear probe's top-1)"
+
+
+def _beside(metrics: Mapping[str, float | None], intervals: Mapping[str, Mapping[str, float | None]], name: str) -> str:
+    """A figure with its interval, and the same of the untrained encoder and of raw pixels."""
+    untrained, pixels = (_figure(metrics[f"{kind}_{name}"]) for kind in ("random_init", "pixel"))
+    return (
+        f"{_figure(metrics[name])}{_interval(intervals.get(name))} trained, {untrained} untrained, {pixels} raw pixels"
+    )
 
 
 def _verdict(result: Mapping[str, Any], evaluator: Node) -> str:
     if result["blessed"]:
         return "yes"
     return "no: " + "; ".join(reason.removeprefix("not blessed: ") for reason in _reasons(evaluator))
+
+
+def _rules(evaluator: Node) -> Iterator[tuple[str, str]]:
+    """Every rule and its outcome in words."""
+    marks = {True: "holds", False: "broken", None: "n/a"}
+    for number, rule in enumerate(read_rules(evaluator.uri("evaluation"))):
+        yield "" if number else "rules", f"{marks[rule.holds]:<7} {rule.text}"
 
 
 def _encoder(result: Mapping[str, Any], by_id: Mapping[str, Node]) -> str:
@@ -208,11 +259,20 @@ def _figure(value: float | None, digits: int = 3) -> str:
     return "n/a" if value is None else f"{value:.{digits}f}"
 
 
+def _interval(estimate: Mapping[str, float | None] | None) -> str:
+    """The 95 % interval of a figure, if it has one."""
+    if not estimate or estimate["low"] is None:
+        return ""
+    return f" ({_figure(estimate['low'])} to {_figure(estimate['high'])})"
+
+
 def _describe_ingest(node: Node) -> str:
     counts = ingested(node)
+    near = counts.get("near_duplicates", 0)
     return (
         f"{counts['read']:,} read: {counts['train']:,} train, {counts['eval']:,} eval, "
         f"{counts['quarantined']:,} quarantined, {counts['duplicates']:,} duplicates"
+        + (f", {near:,} near duplicates across the split" if near else "")
     )
 
 
