@@ -18,6 +18,10 @@ def _read(path: str) -> np.ndarray:
     return np.load(path).astype(np.float32)
 
 
+def _peak() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
 def _main() -> None:
     """Holds the bank in an IndexFlatIP; for each line searches all queries, and writes what it found to faiss.npz."""
     folder, k = sys.argv[1], int(sys.argv[2])
@@ -26,13 +30,13 @@ def _main() -> None:
     index = faiss.IndexFlatIP(queries.shape[1])
     for path in sorted(glob.glob(f"{folder}/bank-*.npy")):
         index.add(_read(path))
+    before = _peak()
     for _ in sys.stdin:
         start = time.perf_counter()
         _, rows = index.search(queries, k)
         seconds = time.perf_counter() - start
         np.savez(f"{folder}/faiss.npz", rows=rows)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        print(json.dumps({"seconds": seconds, "peak": peak}), flush=True)
+        print(json.dumps({"seconds": seconds, "before": before, "peak": _peak()}), flush=True)
 
 
 _main()

@@ -1,6 +1,6 @@
 """Time and peak memory of the Evaluator's exact neighbour search, in memory and on Beam, beside FAISS's exact index.
 
-Takes about ten minutes, and half a minute the first time, for FAISS's environment.
+Takes about twelve minutes, and half a minute the first time, for FAISS's environment.
 """
 
 import resource
@@ -41,6 +41,7 @@ class Size(NamedTuple):
     dimensions: int
 
 
+WORKER = Size(2 * 16_384, 50_000, 2048)  # two parts of a bank of any size
 SIZES = (Size(50_000, 5000, 512), Size(200_000, 5000, 512), Size(50_000, 1250, 2048), Size(200_000, 1250, 2048))
 
 
@@ -66,9 +67,11 @@ def measure() -> Mapping[str, float]:
     Returns:
         For each size: seconds of the fastest of three rounds of the search in memory, on Beam (FnApiRunner, the whole
         pipeline) and of FAISS; the first two over the third, and the median of the rounds' ratios in memory; the
-        processes' peak memory in MiB; the share of the machine that other processes took; and for both of ours the
-        places of the neighbours' lists at which FAISS has another row (`moved`), and those among them where the
-        exact similarity differs by more than FAISS's rounding (`wrong`).
+        processes' peak memory in MiB, and what it was before the first search (imports, and the bank if it lies in
+        memory); the share of the machine that other processes took; and for both of ours the places of the neighbours'
+        lists at which FAISS has another row (`moved`), and those among them where the exact similarity differs by more
+        than FAISS's rounding (`wrong`). Then, on Beam alone, the peak memory with ImageNet's 50,000 queries of 2,048
+        dimensions.
 
     Raises:
         UserError: FAISS's environment cannot be made.
@@ -80,7 +83,7 @@ def measure() -> Mapping[str, float]:
             make_files(Path(folder), size)
             row = _measure_size(python, Path(folder), size)
         figures |= {f"{size.bank}x{size.dimensions}_{name}": value for name, value in row.items()}
-    return figures
+    return figures | _measure_worker()
 
 
 def make_files(folder: Path, size: Size, seed: int = 0) -> None:
@@ -98,15 +101,32 @@ def make_files(folder: Path, size: Size, seed: int = 0) -> None:
         np.save(folder / f"bank-{shard:05d}.npy", rows(min(_SHARD_ROWS, size.bank - start)))
 
 
+def _measure_worker() -> dict[str, float]:
+    with tempfile.TemporaryDirectory() as folder:
+        make_files(Path(folder), WORKER)
+        with started(_our_side("beam", Path(folder))) as worker:
+            answer = worker.ask("1")
+    peak = answer["peak"] / _MIB
+    console.line(
+        f"{WORKER.queries:,} queries of {WORKER.dimensions} dimensions against {WORKER.bank:,} rows, on Beam: "
+        f"{answer['seconds']:.0f} s, {peak:.0f} MiB"
+    )
+    return {"worker_seconds": answer["seconds"], "worker_peak_mib": peak}
+
+
+def _our_side(side: str, folder: Path) -> list[str | Path]:
+    return [sys.executable, "-m", "pipeline.bench.knn", side, folder, str(_K)]
+
+
 def _measure_size(python: Path, folder: Path, size: Size) -> dict[str, float]:
     rounds: dict[str, list[float]] = {side: [] for side in _SIDES}
     with (
-        started([sys.executable, "-m", "pipeline.bench.knn", "memory", folder, str(_K)]) as memory,
-        started([sys.executable, "-m", "pipeline.bench.knn", "beam", folder, str(_K)]) as beam,
+        started(_our_side("memory", folder)) as memory,
+        started(_our_side("beam", folder)) as beam,
         started([python, "-I", _FAISS_PROGRAM, folder, str(_K), str(THREADS)]) as faiss,
     ):
         sides = dict(zip(_SIDES, (memory, beam, faiss), strict=True))
-        answers = {side: worker.ask("1") for side, worker in sides.items()}  # reads, imports, allocates
+        before = {side: worker.ask("1")["before"] / _MIB for side, worker in sides.items()}  # warms up, too
         others = Bystanders(list(sides.values()))
         for _ in range(_ROUNDS):
             answers = {side: worker.ask("1") for side, worker in sides.items()}
@@ -115,7 +135,8 @@ def _measure_size(python: Path, folder: Path, size: Size) -> dict[str, float]:
         share = others.share
     peaks = {side: answer["peak"] / _MIB for side, answer in answers.items()}
     agreements = {side: compare(folder, side) for side in ("memory", "beam")}
-    return _summary(size, rounds, peaks, agreements, share)
+    figures = _summary(size, rounds, peaks, agreements, share)
+    return figures | {f"{side}_before_mib": held for side, held in before.items()}
 
 
 def _summary(
@@ -211,6 +232,10 @@ class _OnBeam:
     """Searches a bank that lies in files."""
 
     def __init__(self, folder: Path, k: int) -> None:
+        import apache_beam  # noqa: F401 - before the clock starts
+
+        import components.evaluator.neighbours  # noqa: F401 - likewise
+
         self._folder, self._k = folder, k
 
     def search(self) -> None:
@@ -228,16 +253,22 @@ class _OnBeam:
             found | beam.combiners.ToList() | "Save" >> beam.Map(_save, str(self._folder / "beam.npz"))
 
 
+def _peak() -> int:
+    """Peak memory of this process in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
 def _main() -> None:
     """Entry of our side's process: every question is answered with the seconds of a search and the peak memory."""
     side, folder, k = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
     searcher = _InMemory(folder, k) if side == "memory" else _OnBeam(folder, k)
+    before = _peak()
 
     def answer(_: Any) -> dict[str, float]:
         start = time.perf_counter()
         searcher.search()
         seconds = time.perf_counter() - start
-        return {"seconds": seconds, "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+        return {"seconds": seconds, "before": before, "peak": _peak()}
 
     serve(answer)
 
