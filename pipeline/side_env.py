@@ -103,6 +103,13 @@ TORCH = SideEnvironment(
     requirements=ROOT / "pipeline" / "bench" / "requirements-torch.txt",
     why="TFX 1.16 wants Python 3.10 and PyTorch's pinned build 3.11, and nothing but benchmarks may import torch",
 )
+FAISS = SideEnvironment(
+    name="venv-faiss",
+    holds="FAISS",
+    pythons=("3.10",),
+    requirements=ROOT / "pipeline" / "bench" / "requirements-faiss.txt",
+    why="nothing but a benchmark may import faiss, and it brings an OpenBLAS and an OpenMP of its own",
+)
 TPU_LOWER = SideEnvironment(
     name="venv-tpu-lower",
     holds="TensorFlow's TPU build",

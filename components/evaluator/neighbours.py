@@ -70,6 +70,8 @@ class Rows:
     @staticmethod
     def join(parts: Sequence["Rows"]) -> "Rows":
         """All rows of at least one part."""
+        if len(parts) == 1:
+            return parts[0]
         columns = zip(*((part.keys, part.vectors, part.labels) for part in parts), strict=True)
         return Rows(*(np.concatenate(column) for column in columns))
 
@@ -162,12 +164,15 @@ def _renumbered(codes: NDArray[np.uint64], places: NDArray[np.int64]) -> NDArray
 class Search:
     """The k nearest rows to some queries in a bank that is given piece by piece."""
 
-    def __init__(self, queries: Rows, k: int) -> None:
+    def __init__(self, queries: Rows, k: int, part_bytes: int = _PART_BYTES) -> None:
         """Args:
         queries: what is looked for.
         k: neighbours of each.
+        part_bytes: of the part of the bank that is searched at once, as float32.
         """
         self._queries, self._k = queries, k
+        # As many rows as possible: each part costs a look at every query's nearest.
+        self._part_rows = min(_PART_ROWS, max(1, part_bytes // (4 * max(1, queries.vectors.shape[1]))))
         self._waiting: list[Rows] = []
         self._best = Partial.none(queries.keys)
 
@@ -175,10 +180,10 @@ class Search:
         """Adds a piece of the bank."""
         if len(rows):
             self._waiting.append(rows)
-        while (held := sum(map(len, self._waiting))) >= (most := self._part_rows()):
+        while sum(map(len, self._waiting)) >= self._part_rows:
             ready = Rows.join(self._waiting)
-            self._waiting = [ready.take(slice(most, None))] if held > most else []
-            self._search(ready.take(slice(0, most)))
+            self._waiting = [ready.take(slice(self._part_rows, None))]
+            self._search(ready.take(slice(0, self._part_rows)))
 
     def result(self) -> Partial:
         """Of all that was added."""
@@ -186,10 +191,6 @@ class Search:
             self._search(Rows.join(self._waiting))
             self._waiting = []
         return self._best
-
-    def _part_rows(self) -> int:
-        """As many rows as possible: each part costs a look at every query's nearest."""
-        return min(_PART_ROWS, max(1, _PART_BYTES // (4 * max(1, self._queries.vectors.shape[1]))))
 
     def _search(self, rows: Rows) -> None:
         rows = rows.take(np.isfinite(rows.vectors).all(axis=1))

@@ -6,7 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.neighbors import KNeighborsClassifier
 
-from trainer_module.knn import knn_predict, knn_top1, unit
+from trainer_module.knn import decode, encode, knn_predict, knn_top1, nearest, unit
+
+_PAIR = st.tuples(st.floats(-1, 1, width=32), st.integers(0, 2**32 - 1))
 
 
 def draw(seed: int, rows: int, dim: int = 8) -> np.ndarray:
@@ -19,7 +21,7 @@ def brute_force(bank, labels, queries, k, temperature) -> list[int]:
         similarity = (query[None] @ bank.T)[0]
         nearest = sorted(range(len(bank)), key=lambda row: (-similarity[row], row))[:k]
         votes: dict[int, float] = {}
-        for row in sorted(nearest):
+        for row in nearest:
             weight = np.exp((float(similarity[row]) - float(similarity[nearest[0]])) / temperature)
             votes[labels[row]] = votes.get(labels[row], 0.0) + weight
         predictions.append(min(votes, key=lambda label: (-votes[label], label)))
@@ -100,3 +102,62 @@ def test_unit_keeps_zero_rows_and_turns_a_row_that_is_not_finite_into_nan():
     assert np.isnan(rows[2]).any()
     assert np.isnan(rows[3]).any()
     assert np.linalg.norm(rows[4]) == pytest.approx(1.0)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    bank=st.integers(1, 300),
+    k=st.integers(1, 40),
+    kinds=st.sampled_from([2, 5, 10_000]),
+    chunk=st.sampled_from([1, 3000, 1 << 20]),
+)
+def test_the_nearest_rows_are_those_of_exact_arithmetic(seed, bank, k, kinds, chunk):
+    rng = np.random.default_rng(seed)
+    # Few kinds of vectors make many rows equally similar, up to a bank whose rows are all among the nearest.
+    drawn = unit(rng.normal(size=(kinds, 12)) + 1).astype(np.float16)
+    rows, queries = drawn[rng.integers(0, kinds, bank)], drawn[rng.integers(0, kinds, 6)]
+    similarities, found = decode(nearest(rows, queries, k, chunk_bytes=chunk))
+    for number, query in enumerate(queries):
+        # A float16 of at most 1 is a whole number of 2^-24.
+        exact = [sum(int(a * 2.0**24) * int(b * 2.0**24) for a, b in zip(query, row, strict=True)) for row in rows]
+        rounded = np.array(exact, np.float64).astype(np.float32) / np.float32(2.0**48)
+        wanted = sorted(range(bank), key=lambda row: (-rounded[row], row))[:k]
+        assert found[number].tolist() == wanted
+        assert (similarities[number] == rounded[wanted]).all()
+
+
+def test_rows_below_the_floor_are_left_out_and_no_others():
+    bank, queries = draw(20, 3000), draw(21, 40)
+    codes = nearest(bank, queries, 30)
+    similarities = decode(codes)[0]
+    above = nearest(bank, queries, 30, floor=similarities[:, 9])
+    assert (above[:, :10] == codes[:, :10]).all()
+    assert (decode(above)[0][above > 0] >= np.repeat(similarities[:, 9], (above > 0).sum(axis=1)) - 1e-5).all()
+    assert (nearest(bank, queries, 30, floor=np.full(40, np.nan, np.float32)) == codes).all()
+
+
+def test_a_query_that_is_not_finite_has_no_neighbours_and_disturbs_no_other():
+    bank, queries = draw(22, 50), draw(23, 4)
+    spoiled = queries.copy()
+    spoiled[1, 3], spoiled[2, 0] = np.nan, np.inf
+    codes = nearest(bank, spoiled, 5)
+    assert (codes[[1, 2]] == 0).all()
+    assert (codes[[0, 3]] == nearest(bank, queries, 5)[[0, 3]]).all()
+
+
+@pytest.mark.parametrize(("bank", "queries"), [(0, 3), (3, 0), (0, 0)])
+def test_an_empty_side_has_no_neighbours(bank, queries):
+    assert nearest(draw(1, bank), draw(2, queries), 2).shape == (queries, min(bank, 2))
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(_PAIR, min_size=2, max_size=20, unique_by=lambda pair: pair[1]))
+def test_codes_are_ordered_as_similarities_and_then_rows_and_can_be_read_back(pairs):
+    similarities, rows = (np.array(column) for column in zip(*pairs, strict=True))
+    codes = encode(similarities, rows)
+    assert np.argsort(codes)[::-1].tolist() == sorted(range(len(pairs)), key=lambda i: (-similarities[i], rows[i]))
+    back = decode(codes)
+    assert (back[0] == similarities.astype(np.float32)).all()
+    assert (back[1] == rows).all()
+    assert (codes > 0).all()
