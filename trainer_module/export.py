@@ -16,6 +16,7 @@ import tensorflow as tf
 from trainer_module.images import centre_view, centre_views
 
 ENCODED = "image/encoded"
+FACTS_FILE = "assets.extra/encoder.json"  # beside the graph, where servers ignore it
 PIXEL_SIDE = 32  # of the raw-pixel features that the evaluation compares with
 
 
@@ -116,8 +117,8 @@ def save_encoder(module: EncoderModule, facts: dict[str, Any], directory: str) -
 
     Args:
         module: to be published.
-        facts: of the encoder, such as the size and the layer of the embedding; written to
-            assets.extra/encoder.json, which servers ignore and the model's card quotes.
+        facts: of the encoder, such as the size and the layer of the embedding; written to FACTS_FILE, which the
+            model's card quotes.
         directory: to write to.
     """
     signatures = {
@@ -126,9 +127,9 @@ def save_encoder(module: EncoderModule, facts: dict[str, Any], directory: str) -
         "pixels": module.pixels,
     }
     tf.saved_model.save(module, directory, signatures=signatures)
-    extra = posixpath.join(directory, "assets.extra")
-    tf.io.gfile.makedirs(extra)
-    with tf.io.gfile.GFile(posixpath.join(extra, "encoder.json"), "w") as file:
+    path = posixpath.join(directory, FACTS_FILE)
+    tf.io.gfile.makedirs(posixpath.dirname(path))
+    with tf.io.gfile.GFile(path, "w") as file:
         file.write(json.dumps(facts | {"input_size": module.size, "resize": module.resize}, indent=2))
 
 

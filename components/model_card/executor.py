@@ -1,0 +1,107 @@
+"""Executor of ModelCard: gathers the facts, embeds a sample of the images, writes the three files."""
+
+import json
+import posixpath
+from collections.abc import Mapping
+from typing import Any
+
+from tfx import types
+from tfx.dsl.components.base import base_executor
+from tfx.types import artifact_utils
+from tfx.utils import io_utils, path_utils
+
+from components.evaluator.config import EvaluateConfig
+from components.model_card import facts, markdown, page, sample
+from components.model_card.card import JSON_FILE, MARKDOWN_FILE, PAGE_FILE, Card, to_json
+from components.model_card.config import CardConfig
+from components.model_card.pictures import finite, recall
+from trainer_module import config_json
+from trainer_module.alarms import Interval
+from trainer_module.config import TrainConfig
+from trainer_module.export import FACTS_FILE
+from trainer_module.metrics_file import FILE, read_intervals
+
+_BANK, _QUERIES = 2000, 500  # images that are embedded, at the most
+
+
+class Executor(base_executor.BaseExecutor):
+    """See the component. One process: what is read and embedded does not grow with the data set."""
+
+    def Do(  # noqa: N802
+        self,
+        input_dict: dict[str, list[types.Artifact]],
+        output_dict: dict[str, list[types.Artifact]],
+        exec_properties: dict[str, Any],
+    ) -> None:
+        """Writes the card. See the component for the arguments."""
+        self._log_startup(input_dict, output_dict, exec_properties)
+        inputs = {key: artifact_utils.get_single_instance(artifacts) for key, artifacts in input_dict.items()}
+        uri = artifact_utils.get_single_instance(output_dict["model_card"]).uri
+        statement = config_json.loads(CardConfig, exec_properties["statement"])
+        evaluate = config_json.loads(EvaluateConfig, exec_properties["evaluate"])
+        intervals = read_intervals(posixpath.join(inputs["model_run"].uri, "train", FILE))
+        material = _material(inputs, evaluate, intervals, pictures=statement.pictures)
+        card = self._card(inputs, exec_properties, statement, evaluate, intervals, page.shown(material))
+        for name, text in (
+            (JSON_FILE, to_json(card)),
+            (MARKDOWN_FILE, markdown.to_markdown(card)),
+            (PAGE_FILE, page.to_html(card, material)),
+        ):
+            io_utils.write_string_file(posixpath.join(uri, name), text)
+
+    def _card(
+        self,
+        inputs: Mapping[str, types.Artifact],
+        exec_properties: Mapping[str, Any],
+        statement: CardConfig,
+        evaluate: EvaluateConfig,
+        intervals: tuple[Interval, ...],
+        pictures: page.Pictures,
+    ) -> Card:
+        train = config_json.loads(TrainConfig, exec_properties["train"])
+        return Card(
+            name=exec_properties["name"],
+            statement=statement,
+            encoder=facts.read_json(posixpath.join(_export(inputs), FACTS_FILE)),
+            config=json.loads(exec_properties["config"]),
+            data=facts.read_data(inputs["examples"]),
+            training=facts.read_training(inputs["model_run"], intervals, train),
+            evaluation=facts.read_evaluation(inputs["evaluation"], inputs["blessing"], evaluate),
+            versions=facts.versions(exec_properties["project"]),
+            code=json.loads(exec_properties["code"]),
+            lineage=facts.lineage(self._context, inputs),
+            pictures=pictures,
+        )
+
+
+def _export(inputs: Mapping[str, types.Artifact]) -> str:
+    return path_utils.serving_model_dir(inputs["model"].uri)
+
+
+def _material(
+    inputs: Mapping[str, types.Artifact],
+    evaluate: EvaluateConfig,
+    intervals: tuple[Interval, ...],
+    *,
+    pictures: bool,
+) -> page.Material:
+    train, held_out = (
+        sample.take(artifact_utils.get_split_uri([inputs["examples"]], split), limit)
+        for split, limit in (("train", _BANK), ("eval", _QUERIES))
+    )
+    embedding = sample.embed(_export(inputs), [*train, *held_out])
+    bank, queries = (
+        finite(rows, [image.label for image in images], [image.encoded for image in images])
+        for rows, images in ((embedding[: len(train)], train), (embedding[len(train) :], held_out))
+    )
+    k = min(evaluate.knn_k, len(bank.embedding))
+    return page.Material(
+        bank=bank,
+        queries=queries,
+        dropped=len(embedding) - len(bank.embedding) - len(queries.embedding),
+        recall=recall(bank, queries, k, evaluate.knn_temperature),
+        recall_of=f"by kNN (k = {k}) of {len(queries.embedding):,} held-out images among {len(bank.embedding):,} "
+        "training images, a sample",
+        intervals=intervals,
+        pictures=pictures,
+    )

@@ -1,0 +1,168 @@
+"""What the picture page shows, computed from embeddings: neighbours, a map, recall of each class, thumbnails."""
+
+import base64
+import dataclasses
+import io
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from scipy.stats import binomtest
+from sklearn.manifold import TSNE
+from threadpoolctl import threadpool_limits
+
+from trainer_module.knn import knn_predict
+
+_FEWEST_FOR_TSNE = 10
+_PERPLEXITY = 30.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """Images of one split with their embeddings.
+
+    Attributes:
+        embedding: float32 [N, D], finite, rows of length 1.
+        labels: of each image; None where it has none.
+        encoded: JPEG or PNG of each image.
+    """
+
+    embedding: NDArray[np.float32]
+    labels: tuple[str | None, ...]
+    encoded: tuple[bytes, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Recall:
+    """Of one class: how many of its images are found, with a 95 % interval."""
+
+    label: str
+    images: int
+    value: float
+    low: float
+    high: float
+
+
+def finite(embedding: NDArray[np.float32], labels: Sequence[str | None], encoded: Sequence[bytes]) -> Split:
+    """A split without the images whose embedding is NaN or infinite."""
+    rows = np.flatnonzero(np.isfinite(embedding).all(axis=1))
+    return Split(embedding[rows], tuple(labels[row] for row in rows), tuple(encoded[row] for row in rows))
+
+
+def nearest(bank: Split, queries: Split, k: int) -> tuple[NDArray[np.intp], NDArray[np.float32]]:
+    """The images of the bank that are most similar to each query.
+
+    Args:
+        bank: B images.
+        queries: Q images.
+        k: neighbours; at most B are given.
+
+    Returns:
+        Rows of the bank, int [Q, k], the nearest first, and their cosine similarities, float32 [Q, k].
+    """
+    similarity = queries.embedding @ bank.embedding.T
+    order = np.argsort(-similarity, axis=1, kind="stable")[:, :k]
+    return order, np.take_along_axis(similarity, order, axis=1)
+
+
+def recall(bank: Split, queries: Split, k: int, temperature: float) -> list[Recall]:
+    """The share of each class's queries that weighted kNN finds (arXiv 1805.01978), with Wilson's interval (1927).
+
+    Args:
+        bank, queries: of which those with a label count.
+        k, temperature: of the vote.
+
+    Returns:
+        The classes of the queries in the order of their names; none where bank or queries have no labels.
+    """
+    in_bank, asked = _labelled(bank), _labelled(queries)
+    if not len(in_bank) or not len(asked):
+        return []
+    names = sorted({label for split in (bank, queries) for label in split.labels if label is not None})
+    code = {name: number for number, name in enumerate(names)}
+    bank_labels = np.array([code[bank.labels[row] or ""] for row in in_bank])
+    truth = np.array([code[queries.labels[row] or ""] for row in asked])
+    found = knn_predict(bank.embedding[in_bank], bank_labels, queries.embedding[asked], k, temperature)
+    return [_recall(name, found[truth == code[name]] == code[name]) for name in names if (truth == code[name]).any()]
+
+
+def _labelled(split: Split) -> NDArray[np.intp]:
+    return np.array([row for row, label in enumerate(split.labels) if label is not None], np.intp)
+
+
+def _recall(label: str, hits: NDArray[np.bool_]) -> Recall:
+    interval = binomtest(int(hits.sum()), len(hits)).proportion_ci(method="wilson")
+    return Recall(label, len(hits), float(hits.mean()), float(interval.low), float(interval.high))
+
+
+def project(embedding: NDArray[np.float32]) -> tuple[NDArray[np.float64], str]:
+    """A map of embeddings in the plane.
+
+    t-SNE (van der Maaten and Hinton 2008) from the principal components, or for a few images these alone. One thread,
+    since sums in another order would give another map.
+
+    Args:
+        embedding: float [N, D], finite.
+
+    Returns:
+        float64 [N, 2] in 0 to 1, and the method's name.
+    """
+    start = _principal(embedding)
+    if len(embedding) < _FEWEST_FOR_TSNE or np.ptp(start) < 1e-6:
+        return _in_unit_square(start), "principal components"
+    perplexity = min(_PERPLEXITY, (len(embedding) - 1) / 3)
+    init = (start / start[:, 0].std() * 1e-4).astype(np.float32)
+    with threadpool_limits(1):
+        points = TSNE(perplexity=perplexity, init=init, random_state=0, n_jobs=1).fit_transform(embedding)
+    return _in_unit_square(points.astype(np.float64)), "t-SNE"
+
+
+def _principal(embedding: NDArray[np.float32]) -> NDArray[np.float64]:
+    """The first two principal components, float64 [N, 2]; zero where there are fewer."""
+    wide = embedding.astype(np.float64)
+    centred = wide - (wide.mean(axis=0) if len(wide) else 0.0)
+    with threadpool_limits(1):
+        left, sizes, right = np.linalg.svd(centred, full_matrices=False)
+    # A component may point either way: its largest coordinate shall be positive.
+    signs = np.sign(right[np.arange(len(right)), np.abs(right).argmax(axis=1)]) if right.size else np.ones(len(right))
+    points = np.zeros((len(wide), 2))
+    points[:, : min(2, len(sizes))] = (left * sizes * signs)[:, :2]
+    return points
+
+
+def _in_unit_square(points: NDArray[np.float64]) -> NDArray[np.float64]:
+    if not len(points):
+        return points
+    low, size = points.min(axis=0), np.maximum(np.ptp(points, axis=0), 1e-12)
+    return (points - low) / size
+
+
+def spread(points: NDArray[np.float64], cells: int) -> list[int]:
+    """Rows of points that lie well apart: of each cell of a grid the one nearest to its middle.
+
+    Args:
+        points: float64 [N, 2] in 0 to 1.
+        cells: along each side.
+    """
+    cell = np.minimum((points * cells).astype(int), cells - 1)
+    distance = np.linalg.norm(points * cells - cell - 0.5, axis=1)
+    chosen: dict[tuple[int, int], int] = {}
+    for row in np.argsort(distance, kind="stable"):
+        chosen.setdefault((int(cell[row, 0]), int(cell[row, 1])), int(row))
+    return sorted(chosen.values())
+
+
+def thumbnail(encoded: bytes, side: int) -> Image.Image:
+    """An image that fits into a square of so many pixels."""
+    with Image.open(io.BytesIO(encoded)) as image:
+        small = image.convert("RGB")
+    small.thumbnail((side, side), Image.Resampling.LANCZOS)
+    return small
+
+
+def data_uri(image: Image.Image) -> str:
+    """An image as a JPEG inside of a page."""
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=80, optimize=True)
+    return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode("ascii")
