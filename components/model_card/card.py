@@ -49,7 +49,7 @@ class Training:
         replicas, strategy: what it ran on.
         key_bn: how batch normalisation of the keys is kept from leaking, see train.key_bn.mode.
         final_loss, pretext_top1, alignment: means over the last epoch.
-        alarms: what the watch said, oldest first.
+        alarms: what was wrong and still so at the end, as kind and text; None where it was not noted.
     """
 
     steps: int
@@ -61,7 +61,7 @@ class Training:
     final_loss: float | None
     pretext_top1: float | None
     alignment: float | None
-    alarms: tuple[str, ...]
+    alarms: Mapping[str, str] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,7 +182,10 @@ class Card:
     @property
     def limits(self) -> tuple[str, ...]:
         """The publisher's, then those that follow from data, training and evaluation."""
-        return (*self.statement.limits, *computed_limits(self.data, self.training, self.evaluation, self.encoder))
+        return (
+            *self.statement.limits,
+            *computed_limits(self.data, self.training, self.evaluation, self.encoder, self.config),
+        )
 
 
 def to_json(card: Card) -> str:
@@ -203,14 +206,14 @@ def _finite(value: Any) -> Any:
 
 
 def computed_limits(
-    data: Data, training: Training, evaluation: Evaluation, encoder: Mapping[str, Any]
+    data: Data, training: Training, evaluation: Evaluation, encoder: Mapping[str, Any], config: Mapping[str, Any]
 ) -> Iterator[str]:
     """Yields what is known to be unknown or weak of a model, a sentence each."""
     train, held_out = data.counts.get("train", 0), data.counts.get("eval", 0)
     if not evaluation.blessed:
         yield "This model is not blessed: " + ("; ".join(evaluation.reasons) or "see the evaluation") + "."
-    for alarm in training.alarms:
-        yield f"An alarm during training: {alarm}"
+    for alarm in (training.alarms or {}).values():
+        yield f"An alarm at the end of its training: {alarm}."
     yield (
         f"Its domain is that of its {train:,} training images. All figures are of {held_out:,} held-out images of the "
         "same source; how it does on others was not measured."
@@ -221,6 +224,8 @@ def computed_limits(
             f"It sees the central square of an image, scaled to {size} by {size} pixels: what lies outside of it, or "
             "is finer, is lost."
         )
+    if config.get("encoder.weights"):
+        yield "Its training began with given weights: what those have learned, and from what, holds for it, too."
     yield "Not tested: bias towards groups of people, privacy of the training images, robustness to attacks."
 
 

@@ -7,13 +7,11 @@ from typing import Any
 from tfx import types
 from tfx.dsl.components.base import base_component, executor_spec
 
-from components.evaluator.config import EvaluateConfig
 from components.model_card.artifact import ModelCard as ModelCardArtifact
 from components.model_card.config import CardConfig
 from components.model_card.executor import Executor
 from components.model_card.spec import ModelCardSpec
 from trainer_module import config_json
-from trainer_module.config import TrainConfig
 
 
 class ModelCard(base_component.BaseComponent):
@@ -39,8 +37,6 @@ class ModelCard(base_component.BaseComponent):
         blessing: types.BaseChannel,
         name: str,
         statement: CardConfig,
-        train: TrainConfig,
-        evaluate: EvaluateConfig,
         config: Mapping[str, Any],
         code: Mapping[str, str],
         project: str,
@@ -55,9 +51,7 @@ class ModelCard(base_component.BaseComponent):
             blessing: of the Evaluator.
             name: of the experiment.
             statement: licence, owner, intended use and other words of the publisher.
-            train: of the training, to tell its alarms.
-            evaluate: of the evaluation, to explain its figures.
-            config: the whole configuration, {"train.queue": 65536, …}, to be quoted.
+            config: the whole configuration, {"train.queue": 65536, …}.
             code: fingerprints of the sources by stage; those of the card itself take part in the cache key.
             project: version of the project.
         """
@@ -70,8 +64,6 @@ class ModelCard(base_component.BaseComponent):
                 blessing=blessing,
                 name=name,
                 statement=config_json.dumps(statement),
-                train=config_json.dumps(train),
-                evaluate=config_json.dumps(evaluate),
                 config=json.dumps(dict(config), sort_keys=True),
                 code=json.dumps(dict(code), sort_keys=True),
                 project=project,

@@ -10,14 +10,12 @@ from tfx.dsl.components.base import base_executor
 from tfx.types import artifact_utils
 from tfx.utils import io_utils, path_utils
 
-from components.evaluator.config import EvaluateConfig
 from components.model_card import facts, markdown, page, sample
-from components.model_card.card import JSON_FILE, MARKDOWN_FILE, PAGE_FILE, Card, to_json
+from components.model_card.card import JSON_FILE, MARKDOWN_FILE, PAGE_FILE, Card, Pictures, to_json
 from components.model_card.config import CardConfig
 from components.model_card.pictures import finite, recall
 from trainer_module import config_json
 from trainer_module.alarms import Interval
-from trainer_module.config import TrainConfig
 from trainer_module.export import FACTS_FILE
 from trainer_module.metrics_file import FILE, read_intervals
 
@@ -38,10 +36,10 @@ class Executor(base_executor.BaseExecutor):
         inputs = {key: artifact_utils.get_single_instance(artifacts) for key, artifacts in input_dict.items()}
         uri = artifact_utils.get_single_instance(output_dict["model_card"]).uri
         statement = config_json.loads(CardConfig, exec_properties["statement"])
-        evaluate = config_json.loads(EvaluateConfig, exec_properties["evaluate"])
+        config = json.loads(exec_properties["config"])
         intervals = read_intervals(posixpath.join(inputs["model_run"].uri, "train", FILE))
-        material = _material(inputs, evaluate, intervals, pictures=statement.pictures)
-        card = self._card(inputs, exec_properties, statement, evaluate, intervals, page.shown(material))
+        material = _material(inputs, config, intervals, pictures=statement.pictures)
+        card = self._card(inputs, exec_properties, statement, config, page.shown(material))
         for name, text in (
             (JSON_FILE, to_json(card)),
             (MARKDOWN_FILE, markdown.to_markdown(card)),
@@ -54,19 +52,17 @@ class Executor(base_executor.BaseExecutor):
         inputs: Mapping[str, types.Artifact],
         exec_properties: Mapping[str, Any],
         statement: CardConfig,
-        evaluate: EvaluateConfig,
-        intervals: tuple[Interval, ...],
-        pictures: page.Pictures,
+        config: Mapping[str, Any],
+        pictures: Pictures,
     ) -> Card:
-        train = config_json.loads(TrainConfig, exec_properties["train"])
         return Card(
             name=exec_properties["name"],
             statement=statement,
             encoder=facts.read_json(posixpath.join(_export(inputs), FACTS_FILE)),
-            config=json.loads(exec_properties["config"]),
+            config=config,
             data=facts.read_data(inputs["examples"]),
-            training=facts.read_training(inputs["model_run"], intervals, train),
-            evaluation=facts.read_evaluation(inputs["evaluation"], inputs["blessing"], evaluate),
+            training=facts.read_training(inputs["model_run"], config),
+            evaluation=facts.read_evaluation(inputs["evaluation"], inputs["blessing"], config),
             versions=facts.versions(exec_properties["project"]),
             code=json.loads(exec_properties["code"]),
             lineage=facts.lineage(self._context, inputs),
@@ -80,7 +76,7 @@ def _export(inputs: Mapping[str, types.Artifact]) -> str:
 
 def _material(
     inputs: Mapping[str, types.Artifact],
-    evaluate: EvaluateConfig,
+    config: Mapping[str, Any],
     intervals: tuple[Interval, ...],
     *,
     pictures: bool,
@@ -94,14 +90,14 @@ def _material(
         finite(rows, [image.label for image in images], [image.encoded for image in images])
         for rows, images in ((embedding[: len(train)], train), (embedding[len(train) :], held_out))
     )
-    k = min(evaluate.knn_k, len(bank.embedding))
+    k = min(config["evaluate.knn_k"], len(bank.embedding))
     return page.Material(
         bank=bank,
         queries=queries,
         dropped=len(embedding) - len(bank.embedding) - len(queries.embedding),
-        recall=recall(bank, queries, k, evaluate.knn_temperature),
+        recall=recall(bank, queries, k, config["evaluate.knn_temperature"]),
         recall_of=f"by kNN (k = {k}) of {len(queries.embedding):,} held-out images among {len(bank.embedding):,} "
-        "training images, a sample",
+        "training images",
         intervals=intervals,
         pictures=pictures,
     )

@@ -161,11 +161,13 @@ def _data(card: Card) -> Iterator[str]:
 
 def _training(card: Card) -> Iterator[str]:
     training, config = card.training, card.config
+    alarms = NOTHING if training.alarms is None else "; ".join(training.alarms.values()) or "none"
     yield from ("## Training procedure", "")
     yield from _table(
         ("", ""),
         [
             ("Steps", f"{training.steps:,} of {training.global_batch:,} images, {training.epochs:,} epochs"),
+            ("Initial weights", config.get("encoder.weights") or "random"),
             ("Ran on", f"{training.replicas} replicas, {training.strategy}"),
             ("Key batch normalisation", training.key_bn),
             ("Queue, momentum, temperature", " · ".join(str(config.get(f"train.{k}", NOTHING)) for k in _MOCO)),
@@ -173,7 +175,7 @@ def _training(card: Card) -> Iterator[str]:
             ("Final loss", number(training.final_loss)),
             ("Pretext top-1", number(training.pretext_top1)),
             ("Alignment", number(training.alignment)),
-            ("Alarms", "; ".join(training.alarms) or "none"),
+            ("Alarms at the end", alarms),
         ],
     )
 

@@ -14,7 +14,7 @@ from trainer_module.alarms import Interval
 
 _THUMBNAIL = 80  # pixels
 _MAP_THUMBNAIL = 30
-_MAP_CELLS = 7  # along each side, with one image each at the most
+_MAP_GAP = 0.1  # between two of its images, as a share of its side
 _MOST_POINTS_OF_A_CURVE = 500
 
 
@@ -161,7 +161,7 @@ def _map(material: Material, limits: Limits) -> Iterator[str]:
     points, method = pictures.project(np.concatenate([queries.embedding[:held_out], bank.embedding[:trained]]))
     labels = [*queries.labels[:held_out], *bank.labels[:trained]]
     encoded = [*queries.encoded[:held_out], *bank.encoded[:trained]]
-    shown = pictures.spread(points, _MAP_CELLS) if material.pictures else []
+    shown = pictures.spread(points, _MAP_GAP) if material.pictures else []
     yield (
         f"<p>{held_out + trained:,} images ({held_out:,} held out, {trained:,} of the training images) by {method}: "
         "what lies together looks alike to the encoder; directions and distances across the map mean nothing.</p>"
@@ -242,9 +242,9 @@ dd { margin: 0; }
 .row { display: flex; gap: 0.5rem; padding: 0.6rem 0; border-bottom: 1px solid var(--line); }
 figure { margin: 0; flex: 0 0 5.6rem; font-size: 0.75rem; line-height: 1.25; }
 figure.query { padding-right: 0.7rem; border-right: 2px solid var(--ink); }
-.frame { width: 84px; height: 84px; display: flex; align-items: center; justify-content: center; }
-figure.same img { outline: 2px solid var(--good); }
-figure.other img { outline: 2px dashed var(--bad); }
+.frame { width: 88px; height: 88px; display: flex; align-items: center; justify-content: center; }
+figure.same img { outline: 2px solid var(--good); outline-offset: 2px; }
+figure.other img { outline: 2px dashed var(--bad); outline-offset: 2px; }
 figcaption { margin-top: 0.3rem; color: var(--soft); }
 .label { display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 2; overflow: hidden;
   color: var(--ink); }

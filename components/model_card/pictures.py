@@ -138,19 +138,18 @@ def _in_unit_square(points: NDArray[np.float64]) -> NDArray[np.float64]:
     return (points - low) / size
 
 
-def spread(points: NDArray[np.float64], cells: int) -> list[int]:
-    """Rows of points that lie well apart: of each cell of a grid the one nearest to its middle.
+def spread(points: NDArray[np.float64], gap: float) -> list[int]:
+    """Rows of points that lie well apart, as many as find room in their order.
 
     Args:
         points: float64 [N, 2] in 0 to 1.
-        cells: along each side.
+        gap: least distance along one of the axes at least.
     """
-    cell = np.minimum((points * cells).astype(int), cells - 1)
-    distance = np.linalg.norm(points * cells - cell - 0.5, axis=1)
-    chosen: dict[tuple[int, int], int] = {}
-    for row in np.argsort(distance, kind="stable"):
-        chosen.setdefault((int(cell[row, 0]), int(cell[row, 1])), int(row))
-    return sorted(chosen.values())
+    chosen: list[int] = []
+    for row, point in enumerate(points):
+        if not chosen or np.abs(points[chosen] - point).max(axis=1).min() >= gap:
+            chosen.append(row)
+    return chosen
 
 
 def thumbnail(encoded: bytes, side: int) -> Image.Image:

@@ -12,8 +12,6 @@ class ModelCardSpec(ComponentSpec):
     PARAMETERS = {  # noqa: RUF012
         "name": ExecutionParameter(type=str),
         "statement": ExecutionParameter(type=str),
-        "train": ExecutionParameter(type=str),
-        "evaluate": ExecutionParameter(type=str),
         "config": ExecutionParameter(type=str),
         "code": ExecutionParameter(type=str),
         "project": ExecutionParameter(type=str),
