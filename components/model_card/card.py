@@ -64,13 +64,28 @@ class Training:
     alarms: Mapping[str, str] | None
 
 
+def is_number(value: float | None) -> bool:
+    """Whether a figure is there and finite."""
+    return value is not None and math.isfinite(value)
+
+
 @dataclasses.dataclass(frozen=True)
 class Figure:
-    """A number with the ends of its 95 % interval, each None where there is none."""
+    """A number with the ends of its 95 % interval, each None or NaN where there is none."""
 
     value: float | None
     low: float | None = None
     high: float | None = None
+
+    @property
+    def measured(self) -> bool:
+        """Whether there is a number."""
+        return is_number(self.value)
+
+    @property
+    def has_interval(self) -> bool:
+        """Whether the interval has two ends."""
+        return is_number(self.low) and is_number(self.high)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,7 @@ from tfx.utils import io_utils, path_utils
 from components.model_card import facts, markdown, page, sample
 from components.model_card.card import JSON_FILE, MARKDOWN_FILE, PAGE_FILE, Card, Pictures, to_json
 from components.model_card.config import CardConfig
-from components.model_card.pictures import finite, recall
+from components.model_card.pictures import recall
 from trainer_module import config_json
 from trainer_module.alarms import Interval
 from trainer_module.export import FACTS_FILE
@@ -81,23 +81,21 @@ def _material(
     *,
     pictures: bool,
 ) -> page.Material:
-    train, held_out = (
-        sample.take(artifact_utils.get_split_uri([inputs["examples"]], split), limit)
-        for split, limit in (("train", _BANK), ("eval", _QUERIES))
-    )
-    embedding = sample.embed(_export(inputs), [*train, *held_out])
+    encoder = sample.Encoder(_export(inputs))
     bank, queries = (
-        finite(rows, [image.label for image in images], [image.encoded for image in images])
-        for rows, images in ((embedding[: len(train)], train), (embedding[len(train) :], held_out))
+        sample.read(
+            sample.choose(artifact_utils.get_split_uri([inputs["examples"]], split), limit),
+            encoder,
+            page.THUMBNAIL if pictures else None,
+        )
+        for split, limit in (("train", _BANK), ("eval", _QUERIES))
     )
     k = min(config["evaluate.knn_k"], len(bank.embedding))
     return page.Material(
         bank=bank,
         queries=queries,
-        dropped=len(embedding) - len(bank.embedding) - len(queries.embedding),
         recall=recall(bank, queries, k, config["evaluate.knn_temperature"]),
         recall_of=f"by kNN (k = {k}) of {len(queries.embedding):,} held-out images among {len(bank.embedding):,} "
         "training images",
         intervals=intervals,
-        pictures=pictures,
     )

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from components.model_card.card import PAGE_FILE, Artifact, Card, Figure, Metric
+from components.model_card.card import PAGE_FILE, Artifact, Card, Figure, Metric, is_number
 
 NOT_STATED = "not stated"
 NOTHING = "—"  # where there is no figure
@@ -43,16 +43,14 @@ def to_markdown(card: Card) -> str:
 
 def figure(value: Figure | None) -> str:
     """A number with its interval, such as "0.540 (0.494 to 0.586)"."""
-    if value is None or value.value is None:
-        return NOTHING
-    if value.low is None or value.high is None:
-        return number(value.value)
+    if value is None or not value.has_interval:
+        return number(value.value if value else None)
     return f"{number(value.value)} ({number(value.low)} to {number(value.high)})"
 
 
 def number(value: float | None) -> str:
     """A number in few digits: three after the point below 10, one from there on."""
-    if value is None:
+    if value is None or not is_number(value):
         return NOTHING
     return f"{value:.3f}" if abs(value) < 10 else f"{value:,.1f}"
 
@@ -65,7 +63,7 @@ def _metadata(card: Card) -> Iterator[str]:
         "pipeline_tag": "image-feature-extraction",
         "tags": ["moco", "self-supervised-learning", "tfx"],
     }
-    measured = [metric for metric in card.evaluation.metrics if metric.trained.value is not None]
+    measured = [metric for metric in card.evaluation.metrics if metric.trained.measured]
     if measured:
         result = {
             "task": {"type": "image-feature-extraction"},

@@ -5,6 +5,7 @@ import html
 from collections.abc import Iterator, Sequence
 
 import numpy as np
+from PIL import Image
 
 from components.model_card import pictures, plots
 from components.model_card.card import MARKDOWN_FILE, Card, Pictures
@@ -12,7 +13,7 @@ from components.model_card.markdown import figure
 from components.model_card.pictures import Recall, Split
 from trainer_module.alarms import Interval
 
-_THUMBNAIL = 80  # pixels
+THUMBNAIL = 80  # pixels
 _MAP_THUMBNAIL = 30
 _MAP_GAP = 0.1  # between two of its images, as a share of its side
 _MOST_POINTS_OF_A_CURVE = 500
@@ -42,20 +43,16 @@ class Material:
     Attributes:
         bank: sample of the train split.
         queries: sample of the eval split, in an order that tells nothing of how well they are embedded.
-        dropped: images of both whose embedding is not finite.
         recall: of the classes.
         recall_of: what that was measured on, in words.
         intervals: of the training.
-        pictures: whether images may be shown.
     """
 
     bank: Split
     queries: Split
-    dropped: int
     recall: Sequence[Recall]
     recall_of: str
     intervals: Sequence[Interval]
-    pictures: bool
 
 
 def to_html(card: Card, material: Material, limits: Limits = Limits()) -> str:
@@ -80,7 +77,7 @@ def to_html(card: Card, material: Material, limits: Limits = Limits()) -> str:
 def shown(material: Material, limits: Limits = Limits()) -> Pictures:
     """How much of the material the page shows, for the card."""
     bank, queries = len(material.bank.embedding), len(material.queries.embedding)
-    asked = min(queries, limits.queries) if material.pictures and bank else 0
+    asked = min(len(material.queries.thumbnails), limits.queries) if bank else 0
     neighbours = min(bank, limits.neighbours) if asked else 0
     return Pictures(bank, queries, asked, neighbours, min(queries + bank, limits.points))
 
@@ -98,32 +95,32 @@ def _head(card: Card, material: Material) -> Iterator[str]:
     yield f"<p><strong>{html.escape(verdict)}.</strong></p>"
     yield "<dl>" + "".join(f"<dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd>" for k, v in facts) + "</dl>"
     yield f'<p>All figures, limits and lineage: <a href="{MARKDOWN_FILE}">{MARKDOWN_FILE}</a>.</p>'
-    if material.dropped:
-        yield f"<p><strong>{material.dropped:,} embeddings are NaN or infinite</strong>, and are left out below.</p>"
+    if dropped := material.bank.dropped + material.queries.dropped:
+        yield f"<p><strong>{dropped:,} embeddings are NaN or infinite</strong>, and are left out below.</p>"
 
 
 def _neighbours(material: Material, limits: Limits) -> Iterator[str]:
     yield "<h2>Nearest neighbours</h2>"
     bank, queries = material.bank, material.queries
-    if not material.pictures:
-        yield "<p>Images are not shown (<code>card.pictures=false</code>).</p>"
-        return
     if not len(queries.embedding) or not len(bank.embedding):
         yield "<p>There are no images to compare.</p>"
+        return
+    if not queries.thumbnails:
+        yield "<p>Images are not shown (<code>card.pictures=false</code>).</p>"
         return
     asked = len(queries.embedding[: limits.queries])
     labelled = any(queries.labels[:asked])
     yield (
-        f"<p>{asked:,} held-out images, chosen by a hash of their content and not by their result, each with the most "
-        f"similar of {len(bank.embedding):,} training images. Below an image: cosine similarity"
+        f"<p>{asked:,} of the held-out images, chosen by a hash of their content and not by their result, each with "
+        f"the most similar of {len(bank.embedding):,} training images. Below an image: cosine similarity"
         + (", ✓ or ✗ for the same or another class, and the class.</p>" if labelled else ".</p>")
     )
-    first = Split(queries.embedding[:asked], queries.labels[:asked], queries.encoded[:asked])
+    first = dataclasses.replace(queries, embedding=queries.embedding[:asked])
     rows, similarity = pictures.nearest(bank, first, limits.neighbours)
     yield '<div class="neighbours">'
     for query in range(asked):
         label = queries.labels[query]
-        yield '<div class="row">' + _tile(queries.encoded[query], "query", "held out", label, "query")
+        yield '<div class="row">' + _tile(queries.thumbnails[query], "query", "held out", label, "query")
         for row, value in zip(rows[query], similarity[query], strict=True):
             yield _neighbour(bank, int(row), float(value), label)
         yield "</div>"
@@ -133,15 +130,14 @@ def _neighbours(material: Material, limits: Limits) -> Iterator[str]:
 def _neighbour(bank: Split, row: int, similarity: float, wanted: str | None) -> str:
     label = bank.labels[row]
     if wanted is None or label is None:
-        return _tile(bank.encoded[row], "", f"{similarity:.2f}", label, "neighbour")
+        return _tile(bank.thumbnails[row], "", f"{similarity:.2f}", label, "neighbour")
     same = label == wanted
     words = "same class" if same else "another class"
     mark = f'<span class="mark" role="img" aria-label="{words}" title="{words}">{"✓" if same else "✗"}</span>'
-    return _tile(bank.encoded[row], "same" if same else "other", f"{similarity:.2f}", label, "neighbour", mark)
+    return _tile(bank.thumbnails[row], "same" if same else "other", f"{similarity:.2f}", label, "neighbour", mark)
 
 
-def _tile(encoded: bytes, kind: str, text: str, label: str | None, alt: str, mark: str = "") -> str:
-    small = pictures.thumbnail(encoded, _THUMBNAIL)
+def _tile(small: Image.Image, kind: str, text: str, label: str | None, alt: str, mark: str = "") -> str:
     name = html.escape(label) if label is not None else ""
     return (
         f'<figure class="{kind}"><div class="frame"><img src="{pictures.data_uri(small)}" width="{small.width}" '
@@ -160,14 +156,14 @@ def _map(material: Material, limits: Limits) -> Iterator[str]:
         return
     points, method = pictures.project(np.concatenate([queries.embedding[:held_out], bank.embedding[:trained]]))
     labels = [*queries.labels[:held_out], *bank.labels[:trained]]
-    encoded = [*queries.encoded[:held_out], *bank.encoded[:trained]]
-    shown = pictures.spread(points, _MAP_GAP) if material.pictures else []
+    thumbnails = [*queries.thumbnails[:held_out], *bank.thumbnails[:trained]]
+    shown = pictures.spread(points, _MAP_GAP) if thumbnails else []
     yield (
         f"<p>{held_out + trained:,} images ({held_out:,} held out, {trained:,} of the training images) by {method}: "
         "what lies together looks alike to the encoder; directions and distances across the map mean nothing.</p>"
     )
-    thumbnails = [(row, pictures.thumbnail(encoded[row], _MAP_THUMBNAIL)) for row in shown]
-    yield _plot(plots.draw_map(points, labels, thumbnails), f"map of {held_out + trained} embeddings")
+    small = [(row, pictures.smaller(thumbnails[row], _MAP_THUMBNAIL)) for row in shown]
+    yield _plot(plots.draw_map(points, labels, small), f"map of {held_out + trained} embeddings")
 
 
 def _bars(material: Material, limits: Limits) -> Iterator[str]:
@@ -256,6 +252,7 @@ table.bars { border-collapse: collapse; width: 100%; font-size: 0.9rem; }
 .bars th { text-align: left; font-weight: normal; padding: 0.15rem 0.6rem 0.15rem 0; }
 .bars thead th { color: var(--soft); }
 .bars td { padding: 0.15rem 0.6rem 0.15rem 0; }
+.bars td, .bars thead th { white-space: nowrap; }
 .bars .wide { width: 50%; }
 .bar { position: relative; height: 1rem; background: color-mix(in srgb, var(--line) 45%, transparent); }
 .value { height: 100%; background: var(--bar); }

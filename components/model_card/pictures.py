@@ -3,7 +3,6 @@
 import base64
 import dataclasses
 import io
-from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +15,7 @@ from trainer_module.knn import knn_predict
 
 _FEWEST_FOR_TSNE = 10
 _PERPLEXITY = 30.0
+_STEPS = 500
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,12 +25,14 @@ class Split:
     Attributes:
         embedding: float32 [N, D], finite, rows of length 1.
         labels: of each image; None where it has none.
-        encoded: JPEG or PNG of each image.
+        thumbnails: of each image; none at all where images must not be shown.
+        dropped: images more, whose embedding is NaN or infinite.
     """
 
     embedding: NDArray[np.float32]
     labels: tuple[str | None, ...]
-    encoded: tuple[bytes, ...]
+    thumbnails: tuple[Image.Image, ...]
+    dropped: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,12 +44,6 @@ class Recall:
     value: float
     low: float
     high: float
-
-
-def finite(embedding: NDArray[np.float32], labels: Sequence[str | None], encoded: Sequence[bytes]) -> Split:
-    """A split without the images whose embedding is NaN or infinite."""
-    rows = np.flatnonzero(np.isfinite(embedding).all(axis=1))
-    return Split(embedding[rows], tuple(labels[row] for row in rows), tuple(encoded[row] for row in rows))
 
 
 def nearest(bank: Split, queries: Split, k: int) -> tuple[NDArray[np.intp], NDArray[np.float32]]:
@@ -114,7 +110,9 @@ def project(embedding: NDArray[np.float32]) -> tuple[NDArray[np.float64], str]:
     perplexity = min(_PERPLEXITY, (len(embedding) - 1) / 3)
     init = (start / start[:, 0].std() * 1e-4).astype(np.float32)
     with threadpool_limits(1):
-        points = TSNE(perplexity=perplexity, init=init, random_state=0, n_jobs=1).fit_transform(embedding)
+        points = TSNE(perplexity=perplexity, init=init, max_iter=_STEPS, random_state=0, n_jobs=1).fit_transform(
+            embedding
+        )
     return _in_unit_square(points.astype(np.float64)), "t-SNE"
 
 
@@ -153,11 +151,17 @@ def spread(points: NDArray[np.float64], gap: float) -> list[int]:
 
 
 def thumbnail(encoded: bytes, side: int) -> Image.Image:
-    """An image that fits into a square of so many pixels."""
+    """A JPEG or PNG shrunk to fit into a square of so many pixels."""
     with Image.open(io.BytesIO(encoded)) as image:
-        small = image.convert("RGB")
-    small.thumbnail((side, side), Image.Resampling.LANCZOS)
-    return small
+        image.draft("RGB", (2 * side, 2 * side))  # a JPEG need not be decoded in full
+        return smaller(image.convert("RGB"), side)
+
+
+def smaller(image: Image.Image, side: int) -> Image.Image:
+    """A copy that fits into a square of so many pixels."""
+    copy = image.copy()
+    copy.thumbnail((side, side), Image.Resampling.LANCZOS)
+    return copy
 
 
 def data_uri(image: Image.Image) -> str:

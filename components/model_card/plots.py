@@ -19,7 +19,7 @@ from trainer_module.alarms import Interval
 _COLOURS = ("#3b82c4", "#d97706", "#17936b", "#c2559d", "#d1495b", "#8268c9", "#1b98a6", "#9a6b3f")
 _SHAPES = ("o", "^")
 _OTHER = "#8a8f98"
-_NO_STYLE = (_OTHER, "x")
+_NO_STYLE = (_OTHER, "s")
 _INK = "#010203"  # stands for the colour of the page's text until the SVG is written
 _NAME_LENGTH = 28
 
@@ -38,7 +38,7 @@ _STYLE = {
 
 
 def class_styles(labels: Sequence[str | None]) -> Styles:
-    """Colour and shape of the classes with most images; the others, and images without label, are grey crosses.
+    """Colour and shape of the classes with most images; the others, and images without label, are grey squares.
 
     Args:
         labels: of all points of the map.
