@@ -88,6 +88,7 @@ def create_pipeline(
     model = trainer.outputs["model"]
     baseline = tfx.dsl.Resolver(
         strategy_class=LatestOtherBlessedModelStrategy,
+        config={"missing": config.evaluate.missing_baseline.value},
         candidate=model,
         model=Channel(type=standard_artifacts.Model),
         model_blessing=Channel(type=standard_artifacts.ModelBlessing),

@@ -14,7 +14,14 @@ from tfx.components.evaluator.constants import ARTIFACT_PROPERTY_BLESSED_KEY
 from tfx.types import Artifact
 from tfx.utils import io_utils
 
-from components.evaluator.eval_config import read_metrics, read_validation
+from components.evaluator.eval_config import (
+    as_json,
+    read_intervals,
+    read_metrics,
+    read_notes,
+    read_rules,
+    read_validation,
+)
 from components.model_card.card import JSON_FILE, PAGE_FILE
 from components.transform.preprocessing import LABEL_VOCABULARY
 from components.transform.statistics import read_anomalies, read_missing_labels
@@ -70,6 +77,7 @@ def collect(nodes: Sequence[Node], seconds: float) -> dict[str, Any]:
     by_id = {node.id: node for node in nodes}
     training = _training(by_id["Trainer"])
     metrics = read_metrics(by_id["Evaluator"].uri("evaluation"))
+    estimates = read_intervals(by_id["Evaluator"].uri("evaluation"))
     blessed = _blessed(by_id["Evaluator"])
     counts = ingested(by_id["ImageExampleGen"])
     return {
@@ -78,6 +86,8 @@ def collect(nodes: Sequence[Node], seconds: float) -> dict[str, Any]:
         "pushed_model": _pushed(by_id["Pusher"]),
         "model_card": _page(by_id["ModelCard"]),
         "images": {key: counts[key] for key in _COUNTS},
+        "rules": [rule._asdict() for rule in read_rules(by_id["Evaluator"].uri("evaluation"))],
+        "intervals": as_json({name: estimates[name] for name in _METRICS if name in estimates}),
         "metrics": {name: metrics.get(name) for name in _METRICS}
         | {"pretext_top1": training["pretext_top1"], "alignment": training["alignment"]},
         "train": {name: training[name] for name in _TRAIN},
@@ -133,6 +143,7 @@ def summary(result: Mapping[str, Any], nodes: Sequence[Node], config: Config, im
         ),
         *_quality(result["metrics"], counts, config),
         ("blessed", _verdict(result, by_id["Evaluator"])),
+        *_rules(by_id["Evaluator"]),
         ("encoder", _encoder(result, by_id)),
         ("pictures", _shown(result["model_card"])),
         ("took", _took(result["seconds"]["total"], result["cached"])),
@@ -169,8 +180,18 @@ def _notes(by_id: Mapping[str, Node]) -> Iterator[str]:
         yield f"{counts['quarantined']:,} unusable: {_shown(by_id['ImageExampleGen'].uri('examples'))}/quarantine.jsonl"
     if counts.get("label_conflicts"):
         yield f"{counts['label_conflicts']:,} images stand under more than one label; the first path's is used"
+    if counts.get("near_duplicates"):
+        yield _near_duplicates(by_id["ImageExampleGen"], counts)
+    yield from read_notes(by_id["Evaluator"].uri("evaluation"))
     yield from read_anomalies(by_id["ExampleValidator"].uri("anomalies"))
     yield from read_missing_labels(by_id["StatisticsGen"].uri("statistics"))
+
+
+def _near_duplicates(node: Node, counts: Mapping[str, int]) -> str:
+    dropped = counts["near_duplicates_dropped"]
+    what = f"of which {dropped:,} were dropped" if dropped else "and stay; ingest.near_duplicates=drop leaves them out"
+    listed = _shown(f"{node.uri('examples')}/near_duplicates.jsonl")
+    return f"{counts['near_duplicates']:,} eval images look like one of the train split, {what}: {listed}"
 
 
 def _quality(
@@ -196,6 +217,13 @@ def _verdict(result: Mapping[str, Any], evaluator: Node) -> str:
     return "no: " + "; ".join(reason.removeprefix("not blessed: ") for reason in _reasons(evaluator))
 
 
+def _rules(evaluator: Node) -> Iterator[tuple[str, str]]:
+    """Every rule and its outcome in words."""
+    marks = {True: "holds", False: "broken", None: "n/a"}
+    for number, rule in enumerate(read_rules(evaluator.uri("evaluation"))):
+        yield "" if number else "rules", f"{marks[rule.holds]:<7} {rule.text}"
+
+
 def _encoder(result: Mapping[str, Any], by_id: Mapping[str, Node]) -> str:
     if result["pushed_model"]:
         return _shown(result["pushed_model"])
@@ -214,9 +242,11 @@ def _figure(value: float | None, digits: int = 3) -> str:
 
 def _describe_ingest(node: Node) -> str:
     counts = ingested(node)
+    near = counts.get("near_duplicates", 0)
     return (
         f"{counts['read']:,} read: {counts['train']:,} train, {counts['eval']:,} eval, "
         f"{counts['quarantined']:,} quarantined, {counts['duplicates']:,} duplicates"
+        + (f", {near:,} near duplicates across the split" if near else "")
     )
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 import enum
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 from numpy.typing import NDArray
@@ -113,6 +113,15 @@ def judge(history: History, interval: Interval, config: TrainConfig) -> tuple[Hi
         wrong[Kind.input] = _input(interval)
     new = tuple(Alarm(kind, text) for kind, text in wrong.items() if kind not in history.sounding)
     return dataclasses.replace(seen, sounding=frozenset(wrong)), new
+
+
+def sounding(intervals: Iterable[Interval], config: TrainConfig) -> dict[Kind, str]:
+    """Returns what is still wrong after the last interval: alarms that were raised and have not cleared."""
+    history, texts = History(), dict[Kind, str]()
+    for interval in intervals:
+        history, alarms = judge(history, interval, config)
+        texts |= {alarm.kind: alarm.text for alarm in alarms}
+    return {kind: text for kind, text in texts.items() if kind in history.sounding}
 
 
 def _looks_collapsed(interval: Interval, config: TrainConfig) -> bool:

@@ -13,10 +13,14 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from trainer_module.config import AugmentConfig
 from trainer_module.images import centre_view, centre_views
+from trainer_module.views import view_pair
 
 ENCODED = "image/encoded"
 FACTS_FILE = "assets.extra/encoder.json"  # beside the graph, where servers ignore it
+_IDENTITY = "image/sha256"
+_SPLIT = "image/split"
 PIXEL_SIDE = 32  # of the raw-pixel features that the evaluation compares with
 
 
@@ -63,9 +67,12 @@ class EncoderModule(tf.Module):
         features, _ = self._backbone.stateless_call(list(self._parameters), stats, x, training=False)
         return tf.math.l2_normalize(tf.cast(features, tf.float32), axis=1)
 
-    def views(self, image_bytes: tf.Tensor) -> tf.Tensor:
-        """string[N] -> float32[N, size, size, 3] in [0, 255], through the Transform graph."""
-        stored = tf.reshape(self._transform({ENCODED: image_bytes[:, tf.newaxis]})["image"], [-1])
+    def stored(self, image_bytes: tf.Tensor) -> tf.Tensor:
+        """string[N] -> string[N], the stored images as PNG, through the Transform graph."""
+        return tf.reshape(self._transform({ENCODED: image_bytes[:, tf.newaxis]})["image"], [-1])
+
+    def views(self, stored: tf.Tensor) -> tf.Tensor:
+        """string[N], stored images -> float32[N, size, size, 3] in [0, 255]."""
         return tf.map_fn(
             lambda png: centre_view(tf.io.decode_png(png, channels=3), self.resize, self.size),
             stored,
@@ -75,12 +82,12 @@ class EncoderModule(tf.Module):
     @tf.function(input_signature=[tf.TensorSpec([None], tf.string, name="image_bytes")])
     def serving_default(self, image_bytes: tf.Tensor) -> dict[str, tf.Tensor]:
         """Encoded images."""
-        return {"embedding": self.embed_views(self.views(image_bytes))}
+        return {"embedding": self.embed_views(self.views(self.stored(image_bytes)))}
 
     @tf.function(input_signature=[tf.TensorSpec([None], tf.string, name="examples")])
     def examples(self, examples: tf.Tensor) -> dict[str, tf.Tensor]:
         """Serialised tf.Examples."""
-        return {"embedding": self.embed_views(self.views(_encoded(examples)))}
+        return {"embedding": self.embed_views(self.views(self.stored(_encoded(examples))))}
 
     @tf.function(input_signature=[tf.TensorSpec([None, None, None, 3], tf.float32, name="image")])
     def pixels(self, image: tf.Tensor) -> dict[str, tf.Tensor]:
@@ -91,21 +98,68 @@ class EncoderModule(tf.Module):
 class EvaluationModule(tf.Module):
     """The trained encoder beside the same network untrained and the raw pixels, for the Evaluator."""
 
-    def __init__(self, trained: EncoderModule, untrained: EncoderModule) -> None:
-        """Both encoders share their preprocessing."""
+    def __init__(self, trained: EncoderModule, untrained: EncoderModule, augment: AugmentConfig, leak: str) -> None:
+        """Wraps two encoders that share their preprocessing.
+
+        Args:
+            trained: the encoder that is judged.
+            untrained: the same network before training.
+            augment: recipe of the two views of each image of the eval split; its size is the encoders'.
+            leak: what the alarm of a leak through batch normalisation says at the end of training, empty if silent.
+        """
         super().__init__()
         self._trained, self._untrained = trained, untrained
+        self._augment, self._leak = augment, leak
 
     @tf.function(input_signature=[tf.TensorSpec([None], tf.string, name="examples")])
     def evaluate(self, examples: tf.Tensor) -> dict[str, tf.Tensor]:
-        """Serialised tf.Examples -> embedding, untrained_embedding, pixels (float32[N, 32 * 32 * 3])."""
-        views = self._trained.views(_encoded(examples))
+        """Serialised tf.Examples of both splits.
+
+        Returns:
+            embedding: float32[N, D], untrained_embedding: float32[N, D], pixels: float32[N, 32 * 32 * 3].
+            embedding_views, untrained_embedding_views, pixels_views: float32[N, 2, .], of two augmented views of each
+                image of the eval split, drawn from the image's hash alone; zeros for other images, which saves the
+                work where nothing reads it.
+            leak: string[N], the same for every image.
+        """
+        parsed = tf.io.parse_example(
+            examples, {name: tf.io.FixedLenFeature([], tf.string) for name in (ENCODED, _IDENTITY, _SPLIT)}
+        )
+        stored = self._trained.stored(parsed[ENCODED])
+        held_out = tf.where(tf.equal(parsed[_SPLIT], "eval"))
+        pairs = self._view_pairs(tf.gather_nd(stored, held_out), tf.gather_nd(parsed[_IDENTITY], held_out))
+        pairs = tf.reshape(pairs, [-1, *pairs.shape[2:]])
+        outputs = {}
+        for name, vectors, of_pairs in zip(
+            ("embedding", "untrained_embedding", "pixels"),
+            self._represent(self._trained.views(stored)),
+            self._represent(pairs),
+            strict=True,
+        ):
+            count, width = tf.shape(examples, tf.int64)[0], tf.shape(vectors, tf.int64)[1]
+            outputs[name] = vectors
+            outputs[f"{name}_views"] = tf.scatter_nd(
+                held_out, tf.reshape(of_pairs, [-1, 2, vectors.shape[1]]), tf.stack([count, 2, width])
+            )
+        return outputs | {"leak": tf.fill(tf.shape(examples), self._leak)}
+
+    def _view_pairs(self, stored: tf.Tensor, identities: tf.Tensor) -> tf.Tensor:
+        """string[M] each -> float32[M, 2, size, size, 3] in [0, 255]."""
+        size = self._augment.size
+        pairs = tf.map_fn(
+            lambda one: view_pair(
+                tf.io.decode_png(one[0], channels=3), one[1], tf.constant(0, tf.int64), 0, self._augment
+            ),
+            (stored, identities),
+            fn_output_signature=tf.TensorSpec([2, size, size, 3], tf.uint8),
+        )
+        return tf.cast(pairs, tf.float32)
+
+    def _represent(self, views: tf.Tensor) -> tuple[tf.Tensor, ...]:
+        """float32[N, size, size, 3] in [0, 255] -> trained and untrained embeddings, and small pixels in [0, 1]."""
         small = tf.image.resize(views, [PIXEL_SIDE, PIXEL_SIDE], antialias=True)
-        return {
-            "embedding": self._trained.embed_views(views),
-            "untrained_embedding": self._untrained.embed_views(views),
-            "pixels": tf.reshape(small / 255.0, [-1, PIXEL_SIDE * PIXEL_SIDE * 3]),
-        }
+        pixels = tf.reshape(small / 255.0, [-1, PIXEL_SIDE * PIXEL_SIDE * 3])
+        return self._trained.embed_views(views), self._untrained.embed_views(views), pixels
 
 
 def _encoded(examples: tf.Tensor) -> tf.Tensor:

@@ -48,6 +48,10 @@ class MetricsFile:
                 file.write("".join(self._lines))
             self._lines.clear()
 
+    def intervals(self) -> tuple[Interval, ...]:
+        """All intervals that were flushed, of earlier starts, too."""
+        return read_intervals(self._path)
+
 
 def read_intervals(path: str) -> tuple[Interval, ...]:
     """The intervals in the file, in order; none if there is no file."""

@@ -19,7 +19,7 @@ import tensorflow as tf
 from numpy.typing import NDArray
 
 from trainer_module import progress
-from trainer_module.alarms import History, Interval, check_losses, check_weights, judge
+from trainer_module.alarms import History, Interval, check_losses, check_weights, judge, sounding
 from trainer_module.config import TrainConfig
 from trainer_module.errors import UserError
 from trainer_module.geometry import effective_rank
@@ -43,6 +43,7 @@ class Result:
         images_per_second: query images per second over the last epoch's intervals of that start, without compilation,
             kNN and checkpoints.
         final_loss, pretext_top1, alignment: averages over the last epoch's steps of that start.
+        alarms: of all starts, those that have not cleared by the end: kind -> text.
     """
 
     steps: int
@@ -51,6 +52,7 @@ class Result:
     final_loss: float
     pretext_top1: float
     alignment: float
+    alarms: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 def timed_next(batches: Iterator[T]) -> tuple[T, tf.Tensor]:
@@ -206,7 +208,16 @@ class Watch:
         self._writer.close()
         self._file.flush()
         means = Metrics(*(float(np.mean(values)) for values in zip(*self._last_steps, strict=True)))
-        return Result(self._total, self._start, self._last_rate(), means.loss, means.pretext_top1, means.alignment)
+        alarms = {kind.value: text for kind, text in sounding(self._file.intervals(), self._config).items()}
+        return Result(
+            steps=self._total,
+            resumed_from=self._start,
+            images_per_second=self._last_rate(),
+            final_loss=means.loss,
+            pretext_top1=means.pretext_top1,
+            alignment=means.alignment,
+            alarms=alarms,
+        )
 
     def _crosses(self, every: int, before: int) -> bool:
         return self._seen // every > before // every

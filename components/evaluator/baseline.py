@@ -4,6 +4,10 @@ from ml_metadata import MetadataStore
 from tfx import types
 from tfx.dsl.components.common import resolver
 from tfx.dsl.input_resolution.strategies.latest_blessed_model_strategy import LatestBlessedModelStrategy
+from tfx.dsl.io import fileio
+from tfx.utils import path_utils
+
+from components.evaluator.config import MissingBaseline
 
 CANDIDATE = "candidate"
 
@@ -11,9 +15,19 @@ CANDIDATE = "candidate"
 class LatestOtherBlessedModelStrategy(resolver.ResolverStrategy):
     """Resolves the latest blessed model that is not the candidate itself.
 
+    With `missing` = skip it is the latest whose evaluation export is there. Else one whose files are gone is resolved
+    all the same, and the Evaluator refuses to go on, so that nothing is blessed without the comparison unknown to
+    anyone.
+
     With TFX's LatestBlessedModelStrategy a repeated run would find its own model as the baseline: the inputs of the
     Evaluator would differ from those of the first run, so the cache would miss and the same model be pushed twice.
     """
+
+    def __init__(self, missing: str = MissingBaseline.refuse.value) -> None:
+        """Args:
+        missing: value of a MissingBaseline.
+        """
+        self._missing = MissingBaseline(missing)
 
     def resolve_artifacts(
         self, store: MetadataStore, input_dict: dict[str, list[types.Artifact]]
@@ -30,6 +44,9 @@ class LatestOtherBlessedModelStrategy(resolver.ResolverStrategy):
         """
         candidates = {artifact.id for artifact in input_dict[CANDIDATE]}
         others = {key: artifacts for key, artifacts in input_dict.items() if key != CANDIDATE}
-        others["model"] = [model for model in others["model"] if model.id not in candidates]
+        others["model"] = [model for model in others["model"] if model.id not in candidates and self._is_there(model)]
         resolved = LatestBlessedModelStrategy().resolve_artifacts(store, others) or {}
         return {CANDIDATE: input_dict[CANDIDATE], **resolved}
+
+    def _is_there(self, model: types.Artifact) -> bool:
+        return self._missing is MissingBaseline.refuse or fileio.exists(path_utils.eval_model_dir(model.uri))

@@ -1,6 +1,14 @@
 """What the evaluation measures and what it asks of a model before it is blessed."""
 
 import dataclasses
+import enum
+
+
+class MissingBaseline(enum.Enum):
+    """What is done where the files of the last blessed model are gone."""
+
+    refuse = "refuse"  # the evaluation stops, since nothing could be compared
+    skip = "skip"  # the latest blessed model whose files are there is taken, or none
 
 
 @dataclasses.dataclass(frozen=True)
@@ -14,13 +22,19 @@ class EvaluateConfig:
             that are uniform on the sphere (arXiv 2011.10566, figure 2). A collapsed encoder has 0.
         min_effective_rank: least effective rank of the embeddings (RankMe, arXiv 2210.02885); at most half of what
             the number of images and of dimensions allows is asked for. One direction alone has 1.
-        min_gain: kNN top-1 must exceed that of the same encoder untrained by more than this (labelled sets).
-        tolerance: the score may fall below the last blessed model's by this much, not more.
+        min_gain: the score must exceed that of the same encoder untrained by more than this, with the whole interval
+            of the gain. Below 0 no gain is asked for.
+        tolerance: the score may fall below the last blessed model's by this much; more only where the paired test does
+            not tell the two apart. 1 accepts any.
+        significance: two-sided p below which a paired test tells two models apart.
+        missing_baseline: see MissingBaseline.
+        slices: features of the examples, each of whose values gets metrics of its own.
         linear_probe: whether a logistic regression is trained on the frozen embeddings (labelled sets).
-        linear_probe_images: most images of the train split that the linear probe is trained on.
+        linear_probe_images: most images of the train split that the linear probe is trained on, chosen by their hash.
         max_bank: most images of the train split that are kept as the bank, chosen by their hash.
         max_queries: most images of the eval split that are kept, chosen by their hash.
-        max_geometry: most images on which spread, rank and uniformity are measured, chosen by their hash.
+        max_geometry: most images of the eval split on which the metrics that need no labels are measured, chosen by
+            their hash.
     """
 
     knn_k: int = 200
@@ -29,8 +43,11 @@ class EvaluateConfig:
     min_effective_rank: float = 2.0
     min_gain: float = 0.0
     tolerance: float = 0.02
+    significance: float = 0.05
+    missing_baseline: MissingBaseline = MissingBaseline.refuse
+    slices: tuple[str, ...] = ("image/label",)
     linear_probe: bool = True
     linear_probe_images: int = 10_000
-    max_bank: int = 100_000
-    max_queries: int = 20_000
-    max_geometry: int = 10_000
+    max_bank: int = 2_000_000
+    max_queries: int = 50_000
+    max_geometry: int = 5_000

@@ -1,183 +1,222 @@
-"""The scorecard as a metric of TensorFlow Model Analysis."""
+"""The scorecard as a metric of TensorFlow Model Analysis: outcomes of eval images to figures, slice by slice."""
 
 import dataclasses
-import hashlib
-from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import apache_beam as beam
 import numpy as np
 from numpy.typing import NDArray
 from tensorflow_model_analysis import constants
 from tensorflow_model_analysis.metrics import metric_types
+from tensorflow_model_analysis.proto import config_pb2, metrics_for_slice_pb2
 
 from components.evaluator.config import EvaluateConfig
-from components.evaluator.scorecard import METRICS, Embedded, score
-from trainer_module.knn import unit
+from components.evaluator.extractor import OUTCOME_KEY
+from components.evaluator.outcomes import HITS, REPRESENTATIONS, Outcome, Views
+from components.evaluator.scorecard import COUNTS, METRICS, OF_A_MODEL, Estimate, Facts, Sample, Slice, confusion, score
+from trainer_module import config_json
 
-_FEATURES = ("image/sha256", "image/split", "image/label")
-_VECTORS = ("embedding", "untrained_embedding", "pixels")
+RULES_KEY = "rules"  # of a metric: JSON, each rule with its outcome in words
+NOTES_KEY = "notes"  # of a metric: JSON, sentences on the data
+CLASSES_KEY = "classes"  # of a metric: JSON, labels by the index that the confusion matrix has them under
+CONFUSION_KEY = "multi_class_confusion_matrix_plot"
 _BLOCK_ROWS = 1024
 
 
 class EmbeddingQuality(metric_types.Metric):
-    """Metrics of a model's embeddings over the train split (bank) and the eval split (queries) together.
+    """Metrics of embeddings, see components.evaluator.scorecard, from the rows of components.evaluator.extractor.
 
-    The model's outputs are `embedding`, `untrained_embedding` and `pixels`, float32 [N, .]; the examples hold
-    `image/sha256`, `image/split` and perhaps `image/label`. One metric each is reported for `scorecard.METRICS`.
+    Those with an interval are told with it. Besides `scorecard.METRICS` there are, of the overall slice, `rules`,
+    `notes`, `classes`, and the confusion matrix of kNN as a plot.
     """
 
-    def __init__(self, config: Mapping[str, Any], code: str, name: str = "embedding_quality") -> None:
+    def __init__(self, config: str, code: str, name: str = "embedding_quality") -> None:
         """Args:
-        config: fields of an `EvaluateConfig`.
+        config: an `EvaluateConfig` as trainer_module.config_json writes it.
         code: fingerprint of the sources used here. It changes nothing but the cache key of the component.
         name: of the metric's instance.
         """
-        super().__init__(_computations, config=dict(config), code=code, name=name)
+        super().__init__(_computations, config=config, code=code, name=name)
+
+
+def read_config(eval_config: config_pb2.EvalConfig) -> EvaluateConfig:
+    """Returns what an EvalConfig of components.evaluator.eval_config asks for."""
+    metric = json.loads(eval_config.metrics_specs[0].metrics[0].config)
+    return config_json.loads(EvaluateConfig, metric["config"])
 
 
 def _computations(
-    config: Mapping[str, Any],
+    config: str,
     code: str,  # noqa: ARG001
     name: str,  # noqa: ARG001
     model_names: Iterable[str] = ("",),
 ) -> metric_types.MetricComputations:
-    inputs: dict[str, dict[str, dict]] = {
-        constants.PREDICTIONS_KEY: {},
-        constants.FEATURES_KEY: {feature: {} for feature in _FEATURES},
-    }
-    computations: metric_types.MetricComputations = []
-    for model in model_names:
-        # TFMA looks thresholds up by keys that say nothing (None) of example weights.
-        keys = [metric_types.MetricKey(metric, model_name=model, example_weighted=None) for metric in METRICS]
-        preprocessor = metric_types.StandardMetricInputsPreprocessor(inputs, include_default_inputs=False)
-        combiner = ScorecardCombineFn(keys, model, EvaluateConfig(**config))
-        computations.append(metric_types.MetricComputation(keys, [preprocessor], combiner))
-    return computations
+    # One computation for both models, since they are compared image by image.
+    names = list(model_names)
+    candidate = names[0] if len(names) == 1 else constants.CANDIDATE_KEY
+    baseline = [name for name in names if name != candidate]
+    keys = [_key(metric, candidate) for metric in (*METRICS, RULES_KEY, NOTES_KEY, CLASSES_KEY)]
+    keys += [_key(metric, model) for model in baseline for metric in (*OF_A_MODEL, *COUNTS)]
+    keys.append(metric_types.PlotKey(CONFUSION_KEY, model_name=candidate))
+    preprocessor = metric_types.StandardMetricInputsPreprocessor({OUTCOME_KEY: {}}, include_default_inputs=False)
+    combiner = ScorecardCombineFn(
+        candidate, baseline[0] if baseline else None, config_json.loads(EvaluateConfig, config)
+    )
+    return [metric_types.MetricComputation(keys, [preprocessor], combiner)]
 
 
-class _Row(NamedTuple):
-    """One image: rank orders images by a hash, vectors float16 of length 1 in the order of _VECTORS."""
-
-    rank: bytes
-    in_bank: bool
-    label: bytes | None
-    vectors: tuple[NDArray[np.float16], ...]
+def _key(metric: str, model: str) -> metric_types.MetricKey:
+    # TFMA looks thresholds up by keys that say nothing (None) of example weights.
+    return metric_types.MetricKey(metric, model_name=model, example_weighted=None)
 
 
-class _Block(NamedTuple):
-    """Many images: rank S32 [N], in_bank bool [N], labels object [N], vectors float16 [N, .] each."""
+@dataclasses.dataclass(frozen=True)
+class _Block:
+    """Outcomes by column: int64 or uint64 [N], hits [N, .], finite [N, .]; views belong to the ranks beside them."""
 
-    rank: NDArray[np.bytes_]
-    in_bank: NDArray[np.bool_]
-    labels: NDArray[np.object_]
-    vectors: tuple[NDArray[np.float16], ...]
+    rank: NDArray[np.uint64]
+    label: NDArray[np.int64]
+    predicted: NDArray[np.int64]
+    hits: NDArray[np.float32]
+    finite: NDArray[np.bool_]
 
 
 @dataclasses.dataclass
 class _Accumulator:
-    rows: list[_Row] = dataclasses.field(default_factory=list)
+    rows: list[Outcome] = dataclasses.field(default_factory=list)
     blocks: list[_Block] = dataclasses.field(default_factory=list)
+    views: list[tuple[int, Mapping[str, Views]]] = dataclasses.field(default_factory=list)
+    facts: Facts | None = None
 
 
 class ScorecardCombineFn(beam.CombineFn):
-    """Collects embeddings and scores them at the end.
+    """Collects the outcomes of a slice and scores them at the end, in the order of their ranks.
 
-    Vectors are kept as float16 of length 1, which moves a cosine similarity by less than 1e-3 and halves the memory:
-    2 (2 D + P) bytes an image. Past `max_bank` and `max_queries` the images with the smallest hashes stay, so the
-    sample, and with it every metric, is the same for any runner, bundling and order.
+    An image takes about 130 bytes, one of the sample that geometry is measured on its vectors besides. The facts of
+    both splits come to the overall slice alone, which is how it is known.
     """
 
-    def __init__(self, keys: list[metric_types.MetricKey], model_name: str, config: EvaluateConfig) -> None:
+    def __init__(self, candidate: str, baseline: str | None, config: EvaluateConfig) -> None:
         """Args:
-        keys: one for each of `scorecard.METRICS`.
-        model_name: of the model whose predictions are scored; empty when there is one model alone.
+        candidate: name of the model; empty when there is one model alone.
+        baseline: name of the last blessed model, if there is one.
         config: what is measured.
         """
-        self._keys = keys
-        self._model_name = model_name
-        self._config = config
+        self._candidate, self._baseline, self._config = candidate, baseline, config
 
     def create_accumulator(self) -> _Accumulator:
         """Returns an accumulator of no images."""
         return _Accumulator()
 
-    def add_input(self, accumulator: _Accumulator, element: metric_types.StandardMetricInputs) -> _Accumulator:
-        """Adds one image."""
-        predictions = element[constants.PREDICTIONS_KEY]
-        if self._model_name:
-            predictions = predictions[self._model_name]
-        accumulator.rows.append(_to_row(element[constants.FEATURES_KEY], predictions))
+    def add_input(self, accumulator: _Accumulator, element: Mapping[str, Any]) -> _Accumulator:
+        """Adds one image, or the facts."""
+        outcome = element[OUTCOME_KEY]
+        if isinstance(outcome, Facts):
+            accumulator.facts = outcome
+            return accumulator
+        if outcome.views is not None:
+            accumulator.views.append((outcome.rank, outcome.views))
+        accumulator.rows.append(outcome._replace(views=None))
         return self.compact(accumulator) if len(accumulator.rows) >= _BLOCK_ROWS else accumulator
 
     def merge_accumulators(self, accumulators: Iterable[_Accumulator]) -> _Accumulator:
-        """Joins accumulators and drops what is past the limits."""
+        """Joins accumulators."""
         merged = _Accumulator()
         for accumulator in accumulators:
             merged.rows += accumulator.rows
             merged.blocks += accumulator.blocks
+            merged.views += accumulator.views
+            merged.facts = merged.facts or accumulator.facts
         return self.compact(merged)
 
     def compact(self, accumulator: _Accumulator) -> _Accumulator:
-        """Turns rows into arrays and, once there are twice too many images, drops what is past the limits."""
-        blocks = accumulator.blocks + _to_blocks(accumulator.rows)
-        held = sum(len(block.rank) for block in blocks)
-        if held > 2 * (self._config.max_bank + self._config.max_queries):
-            blocks = [self._sample(_join(blocks))]
-        return _Accumulator(blocks=blocks)
+        """Turns rows into arrays."""
+        blocks = accumulator.blocks + ([_to_block(accumulator.rows)] if accumulator.rows else [])
+        return _Accumulator(blocks=blocks, views=accumulator.views, facts=accumulator.facts)
 
-    def extract_output(self, accumulator: _Accumulator) -> dict[metric_types.MetricKey, float]:
+    def extract_output(self, accumulator: _Accumulator) -> dict[metric_types.MetricKey, Any]:
         """Returns the figure of each key."""
-        blocks = self.compact(accumulator).blocks
-        if not blocks:
-            return dict.fromkeys(self._keys, float("nan"))
-        images = self._sample(_join(blocks))
-        embedding, untrained, pixels = (vectors.astype(np.float32) for vectors in images.vectors)
-        metrics = score(Embedded(embedding, untrained, pixels, images.labels, images.in_bank), self._config)
-        return {key: metrics[key.name] for key in self._keys}
+        images = _slice(self.compact(accumulator))
+        scorecard = score(images, self._config)
+        figures: dict[metric_types.MetricKey, Any] = {
+            _key(name, self._candidate): _told(estimate) for name, estimate in scorecard.candidate.items()
+        }
+        if self._baseline is not None:
+            figures |= {_key(name, self._baseline): _told(estimate) for name, estimate in scorecard.baseline.items()}
+        if images.facts is not None:
+            figures[_key(RULES_KEY, self._candidate)] = json.dumps(scorecard.rules)
+            figures[_key(NOTES_KEY, self._candidate)] = json.dumps(scorecard.notes)
+            figures[_key(CLASSES_KEY, self._candidate)] = json.dumps(images.facts.classes)
+            plot = metric_types.PlotKey(CONFUSION_KEY, model_name=self._candidate)
+            figures[plot] = _confusion_plot(confusion(images))
+        return figures
 
-    def _sample(self, block: _Block) -> _Block:
-        """Returns the images with the smallest hashes, within the limits, in the order of their hashes."""
-        order = np.argsort(block.rank, kind="stable")
-        in_bank = block.in_bank[order]
-        kept = np.where(
-            in_bank, np.cumsum(in_bank) <= self._config.max_bank, np.cumsum(~in_bank) <= self._config.max_queries
+
+def _to_block(rows: Sequence[Outcome]) -> _Block:
+    return _Block(
+        np.array([row.rank for row in rows], np.uint64),
+        np.array([row.label for row in rows], np.int64),
+        np.array([row.predicted for row in rows], np.int64),
+        np.stack([row.hits for row in rows]),
+        np.stack([row.finite for row in rows]),
+    )
+
+
+def _no_rows() -> _Block:
+    none = np.zeros(0, np.int64)
+    shape = (0, len(REPRESENTATIONS), len(HITS))
+    return _Block(none.astype(np.uint64), none, none, np.zeros(shape, np.float32), np.zeros(shape[:2], bool))
+
+
+def _slice(accumulator: _Accumulator) -> Slice:
+    """All outcomes in the order of their ranks."""
+    blocks = [_no_rows(), *accumulator.blocks]
+    columns = (np.concatenate([getattr(block, field.name) for block in blocks]) for field in dataclasses.fields(_Block))
+    joined = _Block(*columns)
+    order = np.argsort(joined.rank, kind="stable")
+    rank, views = joined.rank[order], sorted(accumulator.views, key=lambda pair: pair[0])
+    samples = {}
+    for name in REPRESENTATIONS:
+        of_name = [(at, of_image[name]) for at, of_image in views if name in of_image]
+        if of_name:
+            samples[name] = _sample(np.searchsorted(rank, np.array([at for at, _ in of_name], np.uint64)), of_name)
+    return Slice(
+        joined.label[order],
+        joined.predicted[order],
+        joined.hits[order],
+        joined.finite[order],
+        samples,
+        accumulator.facts,
+    )
+
+
+def _sample(rows: NDArray[np.int64], views: Sequence[tuple[int, Views]]) -> Sample:
+    columns = zip(*(of_image for _, of_image in views), strict=True)
+    image, first, second = (
+        None if any(vector is None for vector in column) else np.stack(column).astype(np.float32) for column in columns
+    )
+    assert image is not None
+    return Sample(rows, image, first, second)
+
+
+def _told(estimate: Estimate) -> Any:
+    """A figure with its interval as TFMA writes one; a bare number where there is none."""
+    if np.isnan(estimate.low):
+        return estimate.value
+    bounded = metrics_for_slice_pb2.BoundedValue()
+    bounded.value.value, bounded.lower_bound.value, bounded.upper_bound.value = estimate
+    return bounded
+
+
+def _confusion_plot(counts: NDArray[np.int64]) -> metrics_for_slice_pb2.MultiClassConfusionMatrixAtThresholds:
+    plot = metrics_for_slice_pb2.MultiClassConfusionMatrixAtThresholds()
+    matrix = plot.matrices.add(threshold=0.0)
+    for actual, predicted in np.argwhere(counts):
+        matrix.entries.add(
+            actual_class_id=int(actual),
+            predicted_class_id=int(predicted),
+            num_weighted_examples=float(counts[actual, predicted]),
         )
-        chosen = order[kept]
-        vectors = tuple(vector[chosen] for vector in block.vectors)
-        return _Block(block.rank[chosen], block.in_bank[chosen], block.labels[chosen], vectors)
-
-
-def _to_row(features: Mapping[str, Any], predictions: Mapping[str, NDArray]) -> _Row:
-    split = _value(features, "image/split")
-    if split not in (b"train", b"eval"):
-        raise ValueError(f"image/split of an evaluated example is {split!r}, neither train nor eval")
-    # Hashed once more: the split is made by the first bits of the image's own hash.
-    rank = hashlib.sha256(b"scorecard" + (_value(features, "image/sha256") or b"")).digest()
-    vectors = tuple(unit(np.reshape(predictions[name], (1, -1)))[0].astype(np.float16) for name in _VECTORS)
-    return _Row(rank, split == b"train", _value(features, "image/label"), vectors)
-
-
-def _value(features: Mapping[str, Any], name: str) -> bytes | None:
-    """Returns the one value of a feature, or None when the example has none."""
-    values = np.ravel(features[name]) if features.get(name) is not None else np.zeros(0)
-    if not values.size or values[0] is None:
-        return None
-    value = values[0]
-    return value if isinstance(value, bytes) else str(value).encode()
-
-
-def _to_blocks(rows: list[_Row]) -> list[_Block]:
-    if not rows:
-        return []
-    labels = np.empty(len(rows), dtype=object)
-    labels[:] = [row.label for row in rows]
-    vectors = tuple(np.stack(column) for column in zip(*(row.vectors for row in rows), strict=True))
-    rank = np.array([row.rank.hex() for row in rows], dtype="S64")
-    return [_Block(rank, np.array([row.in_bank for row in rows]), labels, vectors)]
-
-
-def _join(blocks: list[_Block]) -> _Block:
-    vectors = tuple(np.concatenate(column) for column in zip(*(block.vectors for block in blocks), strict=True))
-    rank, in_bank, labels = (np.concatenate(column) for column in list(zip(*blocks, strict=True))[:3])
-    return _Block(rank, in_bank, labels, vectors)
+    return plot

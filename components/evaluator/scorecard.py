@@ -1,153 +1,264 @@
-"""From embeddings to metrics, and from metrics to the rules of the blessing. Pure NumPy."""
+"""From the outcomes of eval images to figures with intervals, and from those to the rules. Pure NumPy.
+
+Of every representation (the encoder's embedding; `random_init_`: of the same network untrained; `pixel_`: of the pixels
+themselves) and of the last blessed model's embedding:
+
+| metric | what it is | source |
+|---|---|---|
+| knn_top1, knn_top5 | share of eval images whose class has the most votes, or is among the five with the most, of | |
+| | the k nearest train images, each weighted exp(cosine similarity / T) | arXiv 1805.01978, 3.4 |
+| linear_top1, linear_top5 | the same of a linear classifier fitted to the frozen train embeddings | 1911.05722, 4.1 |
+| recall_at_1, _5, _10 | share of eval images one of whose k nearest train images has their label | 1511.06452, 6 |
+| the rest | see components.evaluator.label_free | |
+
+Besides: majority_top1, the share that the train split's most frequent label would find; knn_gain, the paired difference
+of knn_top1 and random_init_knn_top1; score, by which models are compared (see components.evaluator.rules), with its
+paired differences score_gain from the untrained encoder's and score_change from the last blessed model's, and the p of
+both. In a slice of one label knn_top1 is that class's recall.
+"""
 
 import dataclasses
-import math
 from collections.abc import Mapping
 
 import numpy as np
 from numpy.typing import NDArray
 
+from components.evaluator import label_free, rules
 from components.evaluator.config import EvaluateConfig
-from components.evaluator.linear_probe import linear_top1
-from trainer_module import geometry
-from trainer_module.knn import knn_top1, unit
+from components.evaluator.outcomes import BASELINE, EMBEDDING, HITS, NO_LABEL, PREFIXES, REPRESENTATIONS
+from components.evaluator.resampling import NOTHING, Estimate, mean_estimates, sign_test
+from components.evaluator.rules import RULES, Findings, Rule
 
-RULES = ("finite_passed", "embedding_std_passed", "effective_rank_passed", "knn_gain_passed")
-METRICS = (
-    "knn_top1",
-    "random_init_knn_top1",
-    "pixel_knn_top1",
-    "linear_top1",
+OF_A_MODEL = (*HITS, *label_free.NAMES, "score")
+OF_THE_CANDIDATE = (
+    *(f"{prefix}{name}" for prefix in PREFIXES.values() for name in (*HITS, *label_free.NAMES)),
     "majority_top1",
     "knn_gain",
-    "embedding_std",
-    "embedding_std_relative",
-    "effective_rank",
-    "uniformity",
-    "bank_images",
-    "query_images",
     "score",
-    *RULES,
-    "rules_passed",
+    "score_gain",
+    "score_change",
 )
+COUNTS = ("bank_images", "query_images")
+P_VALUES = ("score_gain_p", "score_change_p")
+PASSED = "rules_passed"
+METRICS = (*OF_THE_CANDIDATE, *P_VALUES, *COUNTS, *RULES, PASSED)
 _NAN = float("nan")
+_KNN, _CONSISTENCY = "knn_top1", "neighbour_consistency"
+_WORDS = {_KNN: "kNN", _CONSISTENCY: "neighbour consistency"}
 
 
 @dataclasses.dataclass(frozen=True)
-class Embedded:
-    """Images of both splits, embedded, in an order that tells nothing of label or split.
+class Sample:
+    """Vectors on which the label-free metrics are measured.
 
     Attributes:
-        embedding: float [N, D], of the encoder that is judged.
-        untrained: float [N, E], of the same network before training.
-        pixels: float [N, P], the image itself.
-        labels: object [N], bytes or None for an image without label.
-        in_bank: bool [N], True for the train split, False for the eval split.
+        rows: int64 [n], which of the slice's images they are of.
+        image: float32 [n, D], of length 1.
+        first, second: float32 [n, D], of two views of each; None where the export has none.
     """
 
-    embedding: NDArray
-    untrained: NDArray
-    pixels: NDArray
-    labels: NDArray[np.object_]
-    in_bank: NDArray[np.bool_]
+    rows: NDArray[np.int64]
+    image: NDArray[np.float32]
+    first: NDArray[np.float32] | None
+    second: NDArray[np.float32] | None
 
 
-def score(images: Embedded, config: EvaluateConfig) -> dict[str, float]:
-    """Measures embeddings and applies the rules.
+@dataclasses.dataclass(frozen=True)
+class Facts:
+    """What is known of both splits as a whole.
 
-    A metric that needs labels is NaN when the bank or the queries have none, one of the encoder's embeddings is NaN
-    when any of them is not finite, and a rule that does not apply is NaN. `score`, which is compared with the last
-    blessed model's, is kNN top-1, or for unlabelled sets the effective rank as a share of what is possible
-    (arXiv 2210.02885 shows it to follow downstream accuracy); 0 when an embedding is not finite.
-
-    Returns:
-        A figure for each name in `METRICS`; rules are 1.0 (holds) or 0.0 (broken); `rules_passed` is 1.0 when no
-        rule is broken.
+    Attributes:
+        classes: labels, sorted; an image's label is an index into them.
+        bank_counts, query_counts: int64 [C], images of each class in the train and in the eval split.
+        bank_images, query_images: that were measured.
+        finite: bool [representations], whether all vectors of both splits are.
+        widths: int64 [representations], dimensions.
+        leak: what the alarm says, empty if it is silent, None where the export does not say.
+        has_baseline: whether there is a last blessed model.
     """
-    metrics = dict.fromkeys(METRICS, _NAN)
-    metrics["bank_images"] = float(np.count_nonzero(images.in_bank))
-    metrics["query_images"] = float(np.count_nonzero(~images.in_bank))
-    embedding = unit(images.embedding)
-    finite = bool(len(embedding)) and bool(np.isfinite(embedding).all())
-    metrics |= _label_metrics(images, embedding if finite else None, config)
-    if finite:
-        metrics |= _geometry_metrics(embedding[: config.max_geometry])
-    metrics["score"] = _score(metrics, embedding.shape, config) if finite else 0.0
-    metrics |= _rules(metrics, finite, embedding.shape, config)
-    metrics["rules_passed"] = float(all(metrics[rule] != 0.0 for rule in RULES))
-    return metrics
+
+    classes: tuple[str, ...]
+    bank_counts: NDArray[np.int64]
+    query_counts: NDArray[np.int64]
+    bank_images: int
+    query_images: int
+    finite: NDArray[np.bool_]
+    widths: NDArray[np.int64]
+    leak: str | None
+    has_baseline: bool
 
 
-def rank_limit(config: EvaluateConfig, shape: tuple[int, ...]) -> float:
-    """Returns the effective rank asked of embeddings [N, D]: half of what is possible where that is less."""
-    return min(config.min_effective_rank, _possible_rank(shape, config) / 2)
+@dataclasses.dataclass(frozen=True)
+class Slice:
+    """Eval images, in an order that tells nothing.
+
+    Attributes:
+        labels: int64 [N].
+        predicted: int64 [N], by kNN of the candidate's embedding.
+        hits: float32 [N, representations, len(HITS)], see components.evaluator.outcomes.
+        finite: bool [N, representations].
+        samples: by representation.
+        facts: of both splits; None for a slice that is not the whole.
+    """
+
+    labels: NDArray[np.int64]
+    predicted: NDArray[np.int64]
+    hits: NDArray[np.float32]
+    finite: NDArray[np.bool_]
+    samples: Mapping[str, Sample]
+    facts: Facts | None
 
 
-def _label_metrics(
-    images: Embedded, embedding: NDArray[np.float32] | None, config: EvaluateConfig
-) -> Mapping[str, float]:
-    labelled = np.array([label is not None for label in images.labels], dtype=bool)
-    bank, queries = labelled & images.in_bank, labelled & ~images.in_bank
-    if not bank.any() or not queries.any():
-        return {}
-    names, coded = np.unique(images.labels[labelled].astype(bytes), return_inverse=True)
-    labels = np.full(len(labelled), -1, dtype=np.int64)
-    labels[labelled] = coded
+@dataclasses.dataclass(frozen=True)
+class Scorecard:
+    """Figures of a slice.
 
-    def knn(vectors: NDArray[np.float32]) -> float:
-        if not np.isfinite(vectors).all():
-            return _NAN
-        k, temperature = config.knn_k, config.knn_temperature
-        return knn_top1(vectors[bank], labels[bank], vectors[queries], labels[queries], k, temperature)
+    Attributes:
+        candidate: an estimate for each of METRICS; p, counts and rules have no interval.
+        baseline: for each of OF_A_MODEL.
+        rules: with their words; empty for a slice that is not the whole.
+        notes: what else should be known of the data.
+    """
 
-    majority = np.bincount(labels[bank], minlength=len(names)).argmax()
-    metrics = {
-        "random_init_knn_top1": knn(unit(images.untrained)),
-        "pixel_knn_top1": knn(unit(images.pixels)),
-        "majority_top1": float(np.mean(labels[queries] == majority)),
+    candidate: Mapping[str, Estimate]
+    baseline: Mapping[str, Estimate]
+    rules: tuple[Rule, ...]
+    notes: tuple[str, ...]
+
+
+def score(images: Slice, config: EvaluateConfig) -> Scorecard:
+    """Measures a slice and, if it is the whole, applies the rules."""
+    finite = images.finite.all(axis=0) if images.facts is None else images.facts.finite
+    by_name: dict[str, dict[str, Estimate]] = {}
+    shared: dict[str, NDArray[np.float64]] = {}
+    for number, name in enumerate(REPRESENTATIONS):
+        figures = dict(zip(HITS, mean_estimates(images.hits[:, number]), strict=True))
+        of_sample, shared[name] = _label_free(images.samples.get(name), len(images.labels))
+        by_name[name] = figures | of_sample if finite[number] else {}
+    basis = _KNN if _labels_tell(images) else _CONSISTENCY
+    scores = {
+        name: (images.hits[:, number, HITS.index(_KNN)].astype(np.float64) if basis == _KNN else shared[name])
+        if finite[number]
+        else np.full(len(images.labels), np.nan)
+        for number, name in enumerate(REPRESENTATIONS)
     }
-    if embedding is not None:
-        metrics["knn_top1"] = knn(embedding)
-        metrics["knn_gain"] = metrics["knn_top1"] - metrics["random_init_knn_top1"]
-        if config.linear_probe:
-            metrics["linear_top1"] = linear_top1(
-                embedding[bank], labels[bank], embedding[queries], labels[queries], config.linear_probe_images
-            )
-    return metrics
-
-
-def _geometry_metrics(embedding: NDArray[np.float32]) -> Mapping[str, float]:
-    spread = geometry.embedding_std(embedding)
-    return {
-        "embedding_std": spread,
-        "embedding_std_relative": spread * math.sqrt(embedding.shape[1]),
-        "effective_rank": geometry.effective_rank(embedding),
-        "uniformity": geometry.uniformity(embedding),
+    candidate = {
+        f"{prefix}{name}": estimate for key, prefix in PREFIXES.items() for name, estimate in by_name[key].items()
     }
+    candidate |= _comparisons(scores, basis)
+    baseline = by_name[BASELINE] | _mean("score", scores[BASELINE])
+    judged: tuple[Rule, ...] = ()
+    notes: tuple[str, ...] = ()
+    if images.facts is not None:
+        candidate |= _of_the_whole(images, images.facts)
+        baseline |= {name: candidate[name] for name in COUNTS}
+        measured = len(images.samples[EMBEDDING].rows) if EMBEDDING in images.samples else 0
+        judged = tuple(rules.judge(_findings(candidate, baseline, images.facts, basis, measured), config))
+        notes = tuple(_notes(images.facts))
+    candidate |= {rule.name: _figure(_NAN if rule.holds is None else float(rule.holds)) for rule in judged}
+    if judged:
+        candidate[PASSED] = _figure(float(all(rule.holds is not False for rule in judged)))
+    return Scorecard(
+        {name: candidate.get(name, NOTHING) for name in METRICS},
+        {name: baseline.get(name, NOTHING) for name in (*OF_A_MODEL, *COUNTS)},
+        judged,
+        notes,
+    )
 
 
-def _possible_rank(shape: tuple[int, ...], config: EvaluateConfig) -> int:
-    return min(shape[0], shape[1], config.max_geometry)
+def confusion(images: Slice) -> NDArray[np.int64]:
+    """How many eval images of each class kNN takes for which: int64 [C actual, C predicted]; only for the whole."""
+    assert images.facts is not None
+    count = len(images.facts.classes)
+    asked = (images.labels != NO_LABEL) & (images.predicted != NO_LABEL)
+    cells = images.labels[asked] * count + images.predicted[asked]
+    return np.bincount(cells, minlength=count * count).reshape(count, count)
 
 
-def _score(metrics: Mapping[str, float], shape: tuple[int, ...], config: EvaluateConfig) -> float:
-    if not math.isnan(metrics["knn_top1"]):
-        return metrics["knn_top1"]
-    return metrics["effective_rank"] / _possible_rank(shape, config)
+def _figure(value: float) -> Estimate:
+    return Estimate(value, _NAN, _NAN)
 
 
-def _rules(
-    metrics: Mapping[str, float], finite: bool, shape: tuple[int, ...], config: EvaluateConfig
-) -> Mapping[str, float]:
-    if not finite:
-        return {"finite_passed": 0.0}
-    rules = {
-        "finite_passed": 1.0,
-        "embedding_std_passed": float(metrics["embedding_std_relative"] >= config.min_embedding_std),
-        "effective_rank_passed": float(metrics["effective_rank"] >= rank_limit(config, shape)),
-    }
-    if not math.isnan(metrics["knn_top1"]):
-        # Nothing can gain on an untrained encoder that finds every class already, as in a set with one class.
-        perfect = metrics["knn_top1"] == 1.0
-        rules["knn_gain_passed"] = float(perfect or metrics["knn_gain"] > config.min_gain)
-    return rules
+def _labels_tell(images: Slice) -> bool:
+    """Whether kNN was asked, and could have been wrong."""
+    asked = bool(np.isfinite(images.hits[:, :, 0]).any())
+    return asked and (images.facts is None or int(np.count_nonzero(images.facts.bank_counts)) > 1)
+
+
+def _label_free(sample: Sample | None, images: int) -> tuple[dict[str, Estimate], NDArray[np.float64]]:
+    """The label-free figures of one representation, and the shared neighbours of each of the slice's images."""
+    shared = np.full(images, np.nan)
+    if sample is None or not np.isfinite(sample.image).all():
+        return {}, shared
+    figures = label_free.geometry_estimates(sample.image)
+    if sample.first is None or sample.second is None:
+        return figures, shared
+    of_views, shared[sample.rows] = label_free.view_estimates(sample.image, sample.first, sample.second)
+    return figures | of_views, shared
+
+
+def _mean(name: str, values: NDArray[np.float64]) -> dict[str, Estimate]:
+    return dict(zip((name,), mean_estimates(values[:, None]), strict=True))
+
+
+def _comparisons(scores: Mapping[str, NDArray[np.float64]], basis: str) -> dict[str, Estimate]:
+    own, untrained, baseline = scores[EMBEDDING], scores["untrained_embedding"], scores[BASELINE]
+    columns = np.stack([own, own - untrained, own - baseline], axis=1)
+    figures = dict(zip(("score", "score_gain", "score_change"), mean_estimates(columns), strict=True))
+    figures["score_gain_p"] = _figure(sign_test(own, untrained))
+    figures["score_change_p"] = _figure(sign_test(own, baseline))
+    if basis == _KNN:
+        figures["knn_gain"] = figures["score_gain"]
+    return figures
+
+
+def _of_the_whole(images: Slice, facts: Facts) -> dict[str, Estimate]:
+    figures = {"bank_images": _figure(facts.bank_images), "query_images": _figure(facts.query_images)}
+    labelled = images.labels[images.labels != NO_LABEL]
+    if facts.bank_counts.any() and len(labelled):
+        right = (labelled == int(np.argmax(facts.bank_counts))).astype(np.float64)
+        figures |= _mean("majority_top1", right)
+    return figures
+
+
+def _findings(
+    candidate: Mapping[str, Estimate], baseline: Mapping[str, Estimate], facts: Facts, basis: str, measured: int
+) -> Findings:
+    def value(name: str) -> float:
+        return candidate.get(name, NOTHING).value
+
+    own = REPRESENTATIONS.index(EMBEDDING)
+    return Findings(
+        train_images=facts.bank_images,
+        eval_images=facts.query_images,
+        finite=bool(facts.finite[own]),
+        spread=value("embedding_std_relative"),
+        rank=value("effective_rank"),
+        possible_rank=min(measured, int(facts.widths[own])),
+        score_name=_WORDS[basis],
+        score=value("score"),
+        untrained=value(f"{PREFIXES['untrained_embedding']}{basis}"),
+        gain=candidate["score_gain"],
+        gain_p=value("score_gain_p"),
+        has_baseline=facts.has_baseline,
+        baseline=baseline["score"].value,
+        change_p=value("score_change_p"),
+        leak=facts.leak,
+    )
+
+
+def _notes(facts: Facts) -> list[str]:
+    notes = []
+    for here, there, split, text in (
+        (facts.bank_counts, facts.query_counts, "eval", "nothing is known of how well they are found"),
+        (facts.query_counts, facts.bank_counts, "train", "they count as not found"),
+    ):
+        missing = [name for name, count, other in zip(facts.classes, here, there, strict=True) if count and not other]
+        if missing and there.any():
+            notes.append(f"no {split} image of {_listed(missing)}: {text}")
+    return notes
+
+
+def _listed(names: list[str]) -> str:
+    shown = ", ".join(names[:5])
+    return shown if len(names) <= 5 else f"{shown} and {len(names) - 5:,} more labels"

@@ -21,6 +21,8 @@ from PIL import (
     WebPImagePlugin,  # noqa: F401
 )
 
+from components.image_example_gen.near_duplicates import perceptual_hash
+
 # What is opened at all; Pillow's other decoders are rarer, and each is a further way in for hostile bytes.
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP")
 _JPEG_END = b"\xff\xd9"
@@ -69,12 +71,14 @@ class Canonical:
         encoded: JPEG or PNG bytes.
         format: `jpeg` or `png`.
         height, width: pixels.
+        perceptual: 64 bits, see components.image_example_gen.near_duplicates; None where it was not asked for.
     """
 
     encoded: bytes
     format: str
     height: int
     width: int
+    perceptual: int | None = None
 
 
 def sha256(data: bytes) -> str:
@@ -126,12 +130,17 @@ def inspect(data: bytes, limits: Limits) -> Image.Image:
     return image
 
 
-def canonical(data: bytes, limits: Limits) -> Canonical:
+def canonical(data: bytes, limits: Limits, hashed: bool = False) -> Canonical:
     """Decodes an image fully, to prove it, and returns it in canonical form.
 
     A plain 8-bit RGB or grey JPEG or PNG that needs no rotation keeps its bytes. Everything else becomes an RGB PNG:
     EXIF rotation applied, transparency laid on white, 16 bits reduced to 8 by their high byte (as libpng and
     TensorFlow do), CMYK converted, the first frame of an animation.
+
+    Args:
+        data: the original bytes.
+        limits: accepted sizes.
+        hashed: whether the perceptual hash is wanted, too.
 
     Raises:
         BadImage: see there; the header is checked before anything is decoded.
@@ -141,7 +150,7 @@ def canonical(data: bytes, limits: Limits) -> Canonical:
         _check_end(image, data)
         image.load()
         if _is_plain(image, data):
-            return Canonical(data, _kind(image), image.height, image.width)
+            return Canonical(data, _kind(image), image.height, image.width, _hash(image, hashed))
         upright = _to_rgb(image)
         if (turn := _TURNS.get(_orientation(image))) is not None:
             upright = upright.transpose(turn)
@@ -153,7 +162,11 @@ def canonical(data: bytes, limits: Limits) -> Canonical:
     except Exception as error:  # see inspect()
         text = _describe(error)
         raise BadImage("truncated" if "truncated" in text.lower() else "damaged", text) from error
-    return Canonical(encoded.getvalue(), "png", upright.height, upright.width)
+    return Canonical(encoded.getvalue(), "png", upright.height, upright.width, _hash(upright, hashed))
+
+
+def _hash(image: Image.Image, hashed: bool) -> int | None:
+    return perceptual_hash(image) if hashed else None
 
 
 def _describe(error: Exception) -> str:

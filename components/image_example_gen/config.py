@@ -20,6 +20,14 @@ class Labels(enum.Enum):
     none = "none"  # every image is unlabelled
 
 
+class NearDuplicates(enum.Enum):
+    """What is done with images of the eval split that look like one of the train split."""
+
+    report = "report"  # they are counted and listed
+    drop = "drop"  # they are left out as well
+    off = "off"  # they are not looked for
+
+
 @dataclasses.dataclass(frozen=True)
 class IngestConfig:
     """Limits and shape of the ingestion.
@@ -34,6 +42,8 @@ class IngestConfig:
         image_key: tf.Example feature that holds the encoded image; empty: `image/encoded`, then `image`.
         label_key: tf.Example feature that holds the label; empty: the first there is of `image/label`,
             `image/class/text`, `image/class/label`, `label`.
+        near_duplicates: see NearDuplicates.
+        near_duplicate_bits: most bits of the 64 of a perceptual hash in which near duplicates differ.
     """
 
     max_pixels: int = 100_000_000
@@ -44,6 +54,8 @@ class IngestConfig:
     labels: Labels = Labels.auto
     image_key: str = ""
     label_key: str = ""
+    near_duplicates: NearDuplicates = NearDuplicates.report
+    near_duplicate_bits: int = 4
 
 
 def validate(config: IngestConfig) -> None:
@@ -58,6 +70,7 @@ def validate(config: IngestConfig) -> None:
         "max_bad_fraction": (0.0, 1.0),
         "eval_fraction": (0.0001, 0.9999),
         "shard_mb": (0.001, 1024.0 * 1024.0),
+        "near_duplicate_bits": (0, 10),
     }
     for name, (lowest, highest) in ranges.items():
         value = getattr(config, name)
@@ -71,12 +84,12 @@ def validate(config: IngestConfig) -> None:
 def to_json(config: IngestConfig) -> str:
     """Serialises a configuration, keys sorted, so that equal configurations give equal text."""
     plain = dataclasses.asdict(config)
-    plain["labels"] = config.labels.value
+    plain |= {"labels": config.labels.value, "near_duplicates": config.near_duplicates.value}
     return json.dumps(plain, sort_keys=True)
 
 
 def from_json(text: str) -> IngestConfig:
     """Rebuilds what `to_json` wrote."""
     plain = json.loads(text)
-    plain["labels"] = Labels(plain["labels"])
+    plain |= {"labels": Labels(plain["labels"]), "near_duplicates": NearDuplicates(plain["near_duplicates"])}
     return IngestConfig(**plain)

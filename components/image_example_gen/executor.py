@@ -29,12 +29,14 @@ from tfx.v1 import proto
 
 from components import disk
 from components.image_example_gen import codec, sources
-from components.image_example_gen.config import IngestConfig, from_json
+from components.image_example_gen.config import IngestConfig, NearDuplicates, from_json
+from components.image_example_gen.near_duplicates import Index, Prints
 from components.image_example_gen.parameters import unpack_parameters
 from trainer_module import progress
 from trainer_module.errors import UserError
 
 INGEST_FILE = "ingest.json"
+NEAR_DUPLICATES_FILE = "near_duplicates.jsonl"
 QUARANTINE_FILE = "quarantine.jsonl"
 _SCRATCH = ".scratch"
 _BATCH = 64  # image files listed together, which one call reads with its threads
@@ -115,7 +117,8 @@ class Executor(base_beam_executor.BaseBeamExecutor):
             build(pipeline, job)
         summary = _summary(job, _read_counts(f"{job.scratch}/counts.json"))
         judge(job, summary, f"{job.scratch}/{QUARANTINE_FILE}")
-        tf.io.gfile.rename(f"{job.scratch}/{QUARANTINE_FILE}", f"{job.uri}/{QUARANTINE_FILE}", overwrite=True)
+        for name in (QUARANTINE_FILE, NEAR_DUPLICATES_FILE):
+            tf.io.gfile.rename(f"{job.scratch}/{name}", f"{job.uri}/{name}", overwrite=True)
         _write_text(f"{job.scratch}/{INGEST_FILE}", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
         tf.io.gfile.rename(f"{job.scratch}/{INGEST_FILE}", f"{job.uri}/{INGEST_FILE}", overwrite=True)
         return summary
@@ -172,7 +175,9 @@ def judge(job: Job, summary: Mapping[str, Any], quarantine: str) -> None:
     for name, _ in job.splits:
         if not summary[name]:
             images = "image is" if ingested == 1 else "images are"
-            text = f"{ingested} usable {images} too few: by hash none falls into the {name} split"
+            dropped = summary["near_duplicates_dropped"]
+            why = f", and {dropped} near duplicates were dropped" if dropped else ""
+            text = f"{ingested} usable {images} too few: by hash none falls into the {name} split{why}"
             raise UserError(f"{text}; add images or change ingest.eval_fraction={job.config.eval_fraction}")
 
 
@@ -201,11 +206,20 @@ def build(pipeline: beam.Pipeline, job: Job) -> None:
         (frames, members)
         | "WithFrames" >> beam.Flatten()
         | "GroupShards" >> beam.GroupByKey()
-        | "Write" >> beam.ParDo(WriteShard(job), sizes_by_split).with_outputs("bad", main="counts")
+        | "Write" >> beam.ParDo(WriteShard(job), sizes_by_split).with_outputs("bad", "prints", main="counts")
+    )
+    alike = _near_duplicates(written.prints, job)
+    near = alike | "NearCounts" >> beam.Map(lambda _: {("near_duplicates",): 1})
+    dropped = (
+        alike
+        | "Drop" >> beam.Filter(lambda _: job.config.near_duplicates is NearDuplicates.drop)
+        | "ByShard" >> beam.Map(_shard_of_pair, job, sizes_by_split)
+        | "GroupDropped" >> beam.GroupByKey()
+        | "Rewrite" >> beam.Map(_rewrite, job)
     )
     copies = unique | "Copies" >> beam.FlatMap(_copies)
     _ = (
-        (found.counts, copies, written.counts)
+        (found.counts, copies, written.counts, near, dropped)
         | "AllCounts" >> beam.Flatten()
         | "AddCounts" >> beam.CombineGlobally(add_counts)
         | "WriteCounts" >> beam.Map(_write_counts, f"{job.scratch}/counts.json")
@@ -216,6 +230,39 @@ def build(pipeline: beam.Pipeline, job: Job) -> None:
         | "ListBad" >> beam.combiners.ToList()
         | "WriteQuarantine" >> beam.Map(_write_quarantine, f"{job.scratch}/{QUARANTINE_FILE}")
     )
+    in_pairs = alike | "InPairs" >> beam.FlatMap(lambda pair: [(pair[0], True), (pair[1][1], True)])
+    _ = (
+        unique
+        | "NearPaths" >> beam.FlatMap(_path_if_wanted, beam.pvalue.AsDict(in_pairs))
+        | "ListPaths" >> beam.combiners.ToDict()
+        | "WriteNear" >> beam.Map(_write_pairs, beam.pvalue.AsDict(alike), f"{job.scratch}/{NEAR_DUPLICATES_FILE}")
+    )
+
+
+def _near_duplicates(prints: beam.PCollection, job: Job) -> beam.PCollection:
+    """(sha of an eval image, (bits that differ, sha of the train image most like it)), all as bytes of hex digits."""
+    train, held_out = job.splits[0][0], job.splits[-1][0]
+    wanted = prints | "EvalPrints" >> beam.FlatMap(lambda one: [one[1]] if one[0] == held_out else [])
+    return (
+        prints
+        | "TrainPrints" >> beam.FlatMap(lambda one: [one[1]] if one[0] == train else [])
+        | "FindAlike" >> beam.ParDo(FindAlike(job.config.near_duplicate_bits), beam.pvalue.AsList(wanted))
+        | "MostAlike" >> beam.CombinePerKey(min)
+    )
+
+
+class FindAlike(beam.DoFn):
+    """Prints of a train shard to pairs with the eval images that look like one of them."""
+
+    def __init__(self, distance: int):
+        self._distance = distance
+        self._index: Index | None = None
+
+    def process(self, prints: Prints, wanted: list[Prints]) -> Iterator[tuple[bytes, tuple[int, bytes]]]:
+        """See the class."""
+        if self._index is None:
+            self._index = Index(Prints.join(wanted), self._distance)
+        yield from self._index.find(prints)
 
 
 def list_batches(src: str) -> Iterator[list[tuple[Any, ...]]]:
@@ -394,9 +441,10 @@ class WriteShard(_ThreadedDoFn):
         (split, index), members = element
         shards = shard_count(sizes[split][0], self._job.config.shard_mb)
         total = sum(images for _, images in sizes.values())
-        name = f"images-{index:05d}-of-{shards:05d}.tfrecord"
+        name = shard_name(index, shards)
         scratch = f"{self._job.scratch}/{uuid.uuid4().hex}"
         counts: Counts = collections.Counter()
+        prints: list[tuple[int, str]] = []
         with tf.io.TFRecordWriter(scratch) as writer:
             for record, size, label, bad in self._in_order(self._check, sorted(m for m in members if m is not None)):
                 self._ticker.add(1, total)
@@ -405,11 +453,14 @@ class WriteShard(_ThreadedDoFn):
                     yield beam.pvalue.TaggedOutput("bad", bad)
                     continue
                 writer.write(encode_example(record, split))
+                if record[0].perceptual is not None:
+                    prints.append((record[0].perceptual, record[1]))
                 counts[("bytes",)] += size
                 counts[("split", split)] += 1
                 counts[("unlabelled",) if label is None else ("label", label, split)] += 1
         # A retry of this bundle writes the same bytes under the same name.
         tf.io.gfile.rename(scratch, f"{self._job.split_folder(split)}/{name}", overwrite=True)
+        yield beam.pvalue.TaggedOutput("prints", (split, Prints.of(prints)))
         yield dict(counts)
 
     def _check(self, member: tuple[bytes, str]) -> tuple[Any, int, str | None, tuple[Any, ...] | None]:
@@ -419,7 +470,8 @@ class WriteShard(_ThreadedDoFn):
             data = self._reader.read(ref)
             if codec.sha256(data) != sha:
                 raise OSError("it changed while the images were read; run again")
-            image = codec.canonical(data, self._job.limits)
+            hashed = self._job.config.near_duplicates is not NearDuplicates.off
+            image = codec.canonical(data, self._job.limits, hashed)
             if image.encoded is data:
                 _prove(data)
         except codec.BadImage as bad:
@@ -470,6 +522,11 @@ def encode_example(record: tuple[codec.Canonical, str, sources.Ref], split: str)
 def shard_count(size: int, shard_mb: float) -> int:
     """Shards of a split of so many bytes."""
     return max(1, math.ceil(size / (shard_mb * 2**20)))
+
+
+def shard_name(index: int, shards: int) -> str:
+    """File of a shard within its split's folder."""
+    return f"images-{index:05d}-of-{shards:05d}.tfrecord"
 
 
 def add_counts(many: Iterable[Counts]) -> Counts:
@@ -535,6 +592,47 @@ def _copies(element: tuple[bytes, tuple[str, int, bool]]) -> list[Counts]:
     return [{("duplicates",): copies - 1, ("label_conflicts",): int(conflict)}] if copies > 1 else []
 
 
+def _shard_of_pair(
+    pair: tuple[bytes, tuple[int, bytes]], job: Job, sizes: Mapping[str, tuple[int, int]]
+) -> tuple[str, bytes]:
+    """(sha of an eval image, …) to (path of its shard, sha)."""
+    sha = pair[0].decode()
+    split = split_of(sha, job.splits)
+    shards = shard_count(sizes[split][0], job.config.shard_mb)
+    return f"{job.split_folder(split)}/{shard_name(shard_of(sha, shards), shards)}", pair[0]
+
+
+def _rewrite(element: tuple[str, Iterable[bytes]], job: Job) -> Counts:
+    """Takes images out of a shard, whose file is replaced as a whole; all shards were written before."""
+    path, shas = element[0], set(element[1])
+    scratch = f"{job.scratch}/{uuid.uuid4().hex}"
+    counts: Counts = collections.Counter()
+    with tf.io.TFRecordWriter(scratch) as writer:
+        for record in tf.compat.v1.io.tf_record_iterator(path):
+            features = tf.train.Example.FromString(record).features.feature
+            if features["image/sha256"].bytes_list.value[0] not in shas:
+                writer.write(record)
+                continue
+            split = features["image/split"].bytes_list.value[0].decode()
+            label = features["image/label"].bytes_list.value if "image/label" in features else ()
+            counts[("near_duplicates_dropped",)] += 1
+            counts[("bytes",)] -= len(features["image/encoded"].bytes_list.value[0])
+            counts[("split", split)] -= 1
+            counts[("label", label[0].decode(), split) if label else ("unlabelled",)] -= 1
+    tf.io.gfile.rename(scratch, path, overwrite=True)
+    return dict(counts)
+
+
+def _path_if_wanted(
+    element: tuple[bytes, tuple[str, int, bool]], wanted: Mapping[bytes, bool]
+) -> Iterator[tuple[bytes, str]]:
+    """(sha, path) of an image that is wanted."""
+    sha, (ref, _, _) = element
+    key = sha.hex().encode()
+    if key in wanted:
+        yield key, unpack_ref(ref).path
+
+
 def _chunks(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
     """Consecutive items in lists."""
     chunk: list[Any] = []
@@ -568,6 +666,14 @@ def _write_quarantine(rows: list[tuple[Any, ...]], path: str) -> None:
     _write_text(path, "".join(line + "\n" for line in lines))
 
 
+def _write_pairs(paths: Mapping[bytes, str], pairs: Mapping[bytes, tuple[int, bytes]], path: str) -> None:
+    """Writes the near duplicates, sorted by path, one JSON object a line."""
+    rows = sorted((paths[own], paths[other], bits) for own, (bits, other) in pairs.items())
+    names = ("eval", "train", "bits")
+    lines = [json.dumps(dict(zip(names, row, strict=True)), ensure_ascii=False) for row in rows]
+    _write_text(path, "".join(line + "\n" for line in lines))
+
+
 def _row_order(row: tuple[Any, ...]) -> tuple[str, ...]:
     """Sorting key of a row; the hash may be missing."""
     return tuple(str(value) for value in row)
@@ -582,7 +688,7 @@ def _first_rows(path: str, count: int) -> Iterator[str]:
 
 
 def _summary(job: Job, counts: Counts) -> dict[str, Any]:
-    """The content of ingest.json: read = ingested + quarantined + duplicates."""
+    """The content of ingest.json: read = ingested + quarantined + duplicates + near_duplicates_dropped."""
     names = [name for name, _ in job.splits]
     labels: dict[str, dict[str, int]] = {}
     for key, value in sorted(counts.items()):
@@ -594,6 +700,8 @@ def _summary(job: Job, counts: Counts) -> dict[str, Any]:
         "ingested": sum(by_split.values()),
         "quarantined": counts.get(("bad",), 0),
         "duplicates": counts.get(("duplicates",), 0),
+        "near_duplicates": counts.get(("near_duplicates",), 0),
+        "near_duplicates_dropped": counts.get(("near_duplicates_dropped",), 0),
         "label_conflicts": counts.get(("label_conflicts",), 0),
         "skipped": counts.get(("skipped",), 0),
         **by_split,

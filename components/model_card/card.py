@@ -7,7 +7,7 @@ added. What could not be measured is null.
 import dataclasses
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from components.model_card.config import CardConfig
@@ -110,10 +110,11 @@ class Metric:
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """One rule of the blessing: what it asks, and whether it holds; None where it does not apply."""
+    """One rule of the blessing: whether it holds (None where it does not apply), and what was found, in words."""
 
-    rule: str
+    name: str
     holds: bool | None
+    text: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,13 +124,15 @@ class Evaluation:
     Attributes:
         blessed: its verdict.
         reasons: why not, in words.
-        rules: that were asked for.
+        rules: that were applied.
+        notes: sentences on the images that it judged on.
         metrics: on the eval split.
     """
 
     blessed: bool
     reasons: tuple[str, ...]
     rules: tuple[Rule, ...]
+    notes: tuple[str, ...]
     metrics: tuple[Metric, ...]
 
 
@@ -233,6 +236,10 @@ def computed_limits(
         f"Its domain is that of its {train:,} training images. All figures are of {held_out:,} held-out images of the "
         "same source; how it does on others was not measured."
     )
+    yield from (f"{note[:1].upper()}{note[1:]}." for note in evaluation.notes)
+    near = data.counts.get("near_duplicates", 0) - data.counts.get("near_duplicates_dropped", 0)
+    if near:
+        yield f"{near:,} held-out images look like one of the train split, and may flatter the figures."
     yield from _label_limits(data, held_out)
     if size := encoder.get("input_size"):
         yield (
@@ -254,19 +261,12 @@ def _label_limits(data: Data, held_out: int) -> Iterator[str]:
             f"Of {held_out:,} images, a share such as top-1 is known to within ±{half:.1f} percentage points at the "
             "worst (95 %)."
         )
-    counts = {label: (splits.get("train", 0), splits.get("eval", 0)) for label, splits in data.labels.items()}
-    yield from _of_classes("has no", "have no", "training image", [name for name, (n, _) in counts.items() if not n])
-    few = [name for name, (_, n) in counts.items() if n < _FEW_OF_A_CLASS]
-    yield from _of_classes(
-        "has", "have", f"fewer than {_FEW_OF_A_CLASS} held-out images: their recall says little", few
-    )
+    few = [label for label, splits in data.labels.items() if 0 < splits.get("eval", 0) < _FEW_OF_A_CLASS]
+    if few:
+        shown = ", ".join(few[:5]) + (", …" if len(few) > 5 else "")
+        which = "1 class has" if len(few) == 1 else f"{len(few)} classes have"
+        yield f"{which} fewer than {_FEW_OF_A_CLASS} held-out images, so recall of it says little ({shown})."
     if unlabelled := data.counts.get("unlabelled"):
         yield f"{unlabelled:,} images have no label, and take no part in figures that need one."
     if conflicts := data.counts.get("label_conflicts"):
         yield f"{conflicts:,} images stood under more than one label; the first path's is used."
-
-
-def _of_classes(one: str, many: str, what: str, names: Sequence[str]) -> Iterator[str]:
-    shown = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
-    if names:
-        yield f"{len(names)} class{'es' if len(names) > 1 else ''} {one if len(names) == 1 else many} {what} ({shown})."

@@ -13,7 +13,6 @@ from tfx.utils import io_utils, path_utils
 from components.model_card import facts, markdown, page, sample
 from components.model_card.card import JSON_FILE, MARKDOWN_FILE, PAGE_FILE, Card, Pictures, to_json
 from components.model_card.config import CardConfig
-from components.model_card.pictures import recall
 from trainer_module import config_json
 from trainer_module.alarms import Interval
 from trainer_module.export import FACTS_FILE
@@ -38,7 +37,7 @@ class Executor(base_executor.BaseExecutor):
         statement = config_json.loads(CardConfig, exec_properties["statement"])
         config = json.loads(exec_properties["config"])
         intervals = read_intervals(posixpath.join(inputs["model_run"].uri, "train", FILE))
-        material = _material(inputs, config, intervals, pictures=statement.pictures)
+        material = _material(inputs, intervals, pictures=statement.pictures)
         card = self._card(inputs, exec_properties, statement, config, page.shown(material))
         for name, text in (
             (JSON_FILE, to_json(card)),
@@ -62,7 +61,7 @@ class Executor(base_executor.BaseExecutor):
             config=config,
             data=facts.read_data(inputs["examples"]),
             training=facts.read_training(inputs["model_run"], config),
-            evaluation=facts.read_evaluation(inputs["evaluation"], inputs["blessing"], config),
+            evaluation=facts.read_evaluation(inputs["evaluation"], inputs["blessing"]),
             versions=facts.versions(exec_properties["project"]),
             code=json.loads(exec_properties["code"]),
             lineage=facts.lineage(self._context, inputs),
@@ -76,7 +75,6 @@ def _export(inputs: Mapping[str, types.Artifact]) -> str:
 
 def _material(
     inputs: Mapping[str, types.Artifact],
-    config: Mapping[str, Any],
     intervals: tuple[Interval, ...],
     *,
     pictures: bool,
@@ -90,12 +88,4 @@ def _material(
         )
         for split, limit in (("train", _BANK), ("eval", _QUERIES))
     )
-    k = min(config["evaluate.knn_k"], len(bank.embedding))
-    return page.Material(
-        bank=bank,
-        queries=queries,
-        recall=recall(bank, queries, k, config["evaluate.knn_temperature"]),
-        recall_of=f"by kNN (k = {k}) of {len(queries.embedding):,} held-out images among {len(bank.embedding):,} "
-        "training images",
-        intervals=intervals,
-    )
+    return page.Material(bank, queries, facts.read_recall(inputs["evaluation"]), intervals)

@@ -13,10 +13,16 @@ from tfx.components.example_gen import utils
 from tfx.dsl.components.base import base_executor
 from tfx.dsl.io import fileio
 
-from components.evaluator.eval_config import read_metrics, read_validation
-from components.evaluator.scorecard import RULES
+from components.evaluator.eval_config import (
+    read_confusion,
+    read_intervals,
+    read_notes,
+    read_rules,
+    read_validation,
+)
 from components.model_card.card import Artifact, Data, Evaluation, Figure, Lineage, Rule, Training
 from components.model_card.metrics import make_metrics
+from components.model_card.pictures import Recall, recall
 from trainer_module.run_fn import TRAINING_FILE
 
 _INGEST_FILE = "ingest.json"
@@ -68,45 +74,24 @@ def read_training(model_run: types.Artifact, config: Mapping[str, Any]) -> Train
     )
 
 
-def read_evaluation(evaluation: types.Artifact, blessing: types.Artifact, config: Mapping[str, Any]) -> Evaluation:
-    """What the Evaluator found.
-
-    Args:
-        evaluation, blessing: its outputs.
-        config: {"evaluate.tolerance": 0.02, …}.
-    """
-    metrics, baseline = read_metrics(evaluation.uri), read_metrics(evaluation.uri, tfma.BASELINE_KEY)
-    reasons = tuple(reason.removeprefix("not blessed: ") for reason in read_validation(evaluation.uri))
-    blessed = blessing.get_int_custom_property(ARTIFACT_PROPERTY_BLESSED_KEY) == 1
-    rules = tuple(_rules(metrics, baseline, config))
-    return Evaluation(blessed, reasons, rules, make_metrics(_figures(metrics), _figures(baseline)))
-
-
-def _figures(metrics: Mapping[str, float | None]) -> dict[str, Figure]:
-    return {name: Figure(value) for name, value in metrics.items()}
+def read_evaluation(evaluation: types.Artifact, blessing: types.Artifact) -> Evaluation:
+    """What the Evaluator found, by its outputs."""
+    figures, baseline = (
+        {name: Figure(*estimate) for name, estimate in read_intervals(evaluation.uri, model).items()}
+        for model in (tfma.CANDIDATE_KEY, tfma.BASELINE_KEY)
+    )
+    return Evaluation(
+        blessed=blessing.get_int_custom_property(ARTIFACT_PROPERTY_BLESSED_KEY) == 1,
+        reasons=tuple(reason.removeprefix("not blessed: ") for reason in read_validation(evaluation.uri)),
+        rules=tuple(Rule(*rule) for rule in read_rules(evaluation.uri)),
+        notes=tuple(read_notes(evaluation.uri)),
+        metrics=make_metrics(figures, baseline),
+    )
 
 
-def _rules(
-    metrics: Mapping[str, float | None], baseline: Mapping[str, float | None], config: Mapping[str, Any]
-) -> list[Rule]:
-    limits = {key.removeprefix("evaluate."): value for key, value in config.items() if key.startswith("evaluate.")}
-    words = {
-        "finite_passed": "all embeddings are finite",
-        "embedding_std_passed": "not collapsed: the spread is at least "
-        f"{limits['min_embedding_std']:g} of a uniform one",
-        "effective_rank_passed": "not collapsed: the effective rank is at least "
-        f"{limits['min_effective_rank']:g}, or half of what so few images allow",
-        "knn_gain_passed": "kNN top-1 is above the untrained network's"
-        + (f" by more than {limits['min_gain']:g}" if limits["min_gain"] else ""),
-    }
-    rules = [Rule(words.get(name, name.replace("_", " ")), _holds(metrics.get(name))) for name in RULES]
-    now, last = metrics.get("score"), baseline.get("score")
-    kept = None if now is None or last is None else now - last >= -limits["tolerance"]
-    return [*rules, Rule(f"the score is at most {limits['tolerance']:g} below the last blessed model's", kept)]
-
-
-def _holds(value: float | None) -> bool | None:
-    return None if value is None else value == 1.0
+def read_recall(evaluation: types.Artifact) -> list[Recall]:
+    """How the eval images of each class are found, by the Evaluator's confusion matrix."""
+    return recall(*read_confusion(evaluation.uri))
 
 
 def versions(project: str) -> dict[str, str]:

@@ -143,6 +143,8 @@ def _data(card: Card) -> Iterator[str]:
             ("read", counts.get("read")),
             ("quarantined, since they cannot be used", counts.get("quarantined")),
             ("exact duplicates, dropped", counts.get("duplicates")),
+            ("near duplicates across the split", counts.get("near_duplicates")),
+            ("of which dropped", counts.get("near_duplicates_dropped")),
             ("train split", counts.get("train")),
             ("eval split, held out", counts.get("eval")),
             ("without label", counts.get("unlabelled")),
@@ -199,7 +201,9 @@ def _evaluation(card: Card) -> Iterator[str]:
         [_metric_row(metric, [key for key, _ in used]) for metric in evaluation.metrics],
     )
     outcome = {True: "holds", False: "**broken**", None: "does not apply"}
-    yield from _table(("Rule of the blessing", ""), [(rule.rule, outcome[rule.holds]) for rule in evaluation.rules])
+    rules = [(_literal(rule.text), outcome[rule.holds]) for rule in evaluation.rules]
+    yield from _table(("Rule of the blessing", ""), rules)
+    yield from (*(f"- {_text(note)}" for note in evaluation.notes), "")
 
 
 def _metric_row(metric: Metric, columns: Sequence[str]) -> tuple[str, ...]:

@@ -2,21 +2,29 @@
 
 from collections.abc import Mapping
 
-from components.evaluator.scorecard import RULES
+from components.evaluator.outcomes import PREFIXES
+from components.evaluator.scorecard import COUNTS, P_VALUES, PASSED, RULES
 from components.model_card.card import Figure, Metric
 
-_UNTRAINED, _PIXELS = "random_init_", "pixel_"
-# What counts, judges or sums up, and is no metric of its own.
-_NO_METRICS = frozenset(("bank_images", "query_images", "score", "rules_passed", *RULES))
+_UNTRAINED, _PIXELS = PREFIXES["untrained_embedding"], PREFIXES["pixels"]
+# What counts, judges or is one of the others under another name; the rules tell of it in words.
+_NO_METRICS = frozenset(("score", "score_gain", "score_change", *P_VALUES, *COUNTS, *RULES, PASSED))
 _TITLES = {
     "knn_top1": "kNN top-1",
-    "linear_top1": "linear probe top-1",
-    "majority_top1": "always the most frequent class, top-1",
+    "knn_top5": "kNN top-5",
     "knn_gain": "kNN top-1 above the untrained network's",
+    "linear_top1": "linear probe top-1",
+    "linear_top5": "linear probe top-5",
+    "recall_at_1": "retrieval recall@1",
+    "recall_at_5": "retrieval recall@5",
+    "recall_at_10": "retrieval recall@10",
+    "majority_top1": "always the most frequent class, top-1",
+    "neighbour_consistency": "neighbour consistency of two views",
+    "alignment": "alignment of two views",
+    "uniformity": "uniformity",
+    "effective_rank": "effective rank (RankMe)",
     "embedding_std": "embedding std per dimension",
     "embedding_std_relative": "embedding std as a share of a uniform one",
-    "effective_rank": "effective rank (RankMe)",
-    "uniformity": "uniformity",
 }
 
 

@@ -43,15 +43,13 @@ class Material:
     Attributes:
         bank: sample of the train split.
         queries: sample of the eval split, in an order that tells nothing of how well they are embedded.
-        recall: of the classes.
-        recall_of: what that was measured on, in words.
+        recall: of the classes, in the evaluation.
         intervals: of the training.
     """
 
     bank: Split
     queries: Split
     recall: Sequence[Recall]
-    recall_of: str
     intervals: Sequence[Interval]
 
 
@@ -84,11 +82,12 @@ def shown(material: Material, limits: Limits = Limits()) -> Pictures:
 
 def _head(card: Card, material: Material) -> Iterator[str]:
     evaluation, counts = card.evaluation, card.data.counts
+    measured = [metric for metric in evaluation.metrics if metric.trained.measured]
     verdict = "Blessed" if evaluation.blessed else "Not blessed: " + ("; ".join(evaluation.reasons) or "see the card")
     facts = [
         ("network", f"{card.config.get('encoder.name', '')}, {card.encoder.get('dim', '?')} numbers an image"),
         ("images", f"{counts.get('train', 0):,} to train, {counts.get('eval', 0):,} held out"),
-        *((metric.title, figure(metric.trained)) for metric in evaluation.metrics[:1]),
+        *((metric.title, figure(metric.trained)) for metric in measured[:1]),
         ("licence", card.statement.license or "not stated"),
     ]
     yield f"<h1>{html.escape(card.name)}</h1>"
@@ -172,7 +171,7 @@ def _bars(material: Material, limits: Limits) -> Iterator[str]:
         yield "<p>There are no labels in both splits to measure it by.</p>"
         return
     yield (
-        f"<p>The share of a class's images that are found, {html.escape(material.recall_of)}; the thin line is "
+        "<p>The share of a class's held-out images that weighted kNN among the training images finds; the thin line is "
         "the 95 % interval.</p>"
     )
     bars = sorted(material.recall, key=lambda recall: (-recall.value, recall.label))
@@ -180,10 +179,11 @@ def _bars(material: Material, limits: Limits) -> Iterator[str]:
     worst = [] if len(bars) <= limits.classes else bars[len(bars) - limits.classes // 2 :]
     hidden = len(bars) - len(best) - len(worst)
     yield '<table class="bars"><thead><tr><th scope="col">class</th><th scope="col">images</th>'
-    yield '<th scope="col">recall</th><th scope="col" class="wide"></th></tr></thead><tbody>'
+    yield '<th scope="col">recall</th><th scope="col" class="wide"></th>'
+    yield '<th scope="col">others mostly taken for</th></tr></thead><tbody>'
     yield from map(_bar, best)
     if hidden:
-        yield f'<tr><td colspan="4">{hidden:,} of {len(bars):,} classes in between are not shown</td></tr>'
+        yield f'<tr><td colspan="5">{hidden:,} of {len(bars):,} classes in between are not shown</td></tr>'
     yield from map(_bar, worst)
     yield "</tbody></table>"
 
@@ -194,7 +194,7 @@ def _bar(recall: Recall) -> str:
         f'<td class="wide"><div class="bar" title="{recall.low:.2f} to {recall.high:.2f}">'
         f'<div class="value" style="width:{100 * recall.value:.1f}%"></div>'
         f'<div class="interval" style="left:{100 * recall.low:.1f}%;width:{100 * (recall.high - recall.low):.1f}%">'
-        "</div></div></td></tr>"
+        f'</div></div></td><td class="name">{html.escape(recall.taken_for or "")}</td></tr>'
     )
 
 
@@ -253,7 +253,8 @@ table.bars { border-collapse: collapse; width: 100%; font-size: 0.9rem; }
 .bars thead th { color: var(--soft); }
 .bars td { padding: 0.15rem 0.6rem 0.15rem 0; }
 .bars td, .bars thead th { white-space: nowrap; }
-.bars .wide { width: 50%; }
+.bars td.name { white-space: normal; }
+.bars .wide { width: 40%; }
 .bar { position: relative; height: 1rem; background: color-mix(in srgb, var(--line) 45%, transparent); }
 .value { height: 100%; background: var(--bar); }
 .interval { position: absolute; top: 50%; height: 1px; background: var(--ink); }

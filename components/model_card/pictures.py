@@ -3,6 +3,7 @@
 import base64
 import dataclasses
 import io
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,8 +11,6 @@ from PIL import Image
 from scipy.stats import binomtest
 from sklearn.manifold import TSNE
 from threadpoolctl import threadpool_limits
-
-from trainer_module.knn import knn_predict
 
 _FEWEST_FOR_TSNE = 10
 _PERPLEXITY = 30.0
@@ -37,13 +36,14 @@ class Split:
 
 @dataclasses.dataclass(frozen=True)
 class Recall:
-    """Of one class: how many of its images are found, with a 95 % interval."""
+    """Of one class: how many of its images are found, with a 95 % interval, and what the others mostly pass for."""
 
     label: str
     images: int
     value: float
     low: float
     high: float
+    taken_for: str | None
 
 
 def nearest(bank: Split, queries: Split, k: int) -> tuple[NDArray[np.intp], NDArray[np.float32]]:
@@ -62,34 +62,25 @@ def nearest(bank: Split, queries: Split, k: int) -> tuple[NDArray[np.intp], NDAr
     return order, np.take_along_axis(similarity, order, axis=1)
 
 
-def recall(bank: Split, queries: Split, k: int, temperature: float) -> list[Recall]:
-    """The share of each class's queries that weighted kNN finds (arXiv 1805.01978), with Wilson's interval (1927).
+def recall(classes: Sequence[str], counts: NDArray[np.int64]) -> list[Recall]:
+    """The share of each class's images that are found, with Wilson's interval (1927).
 
     Args:
-        bank, queries: of which those with a label count.
-        k, temperature: of the vote.
+        classes: labels.
+        counts: int64 [C actual, C predicted].
 
     Returns:
-        The classes of the queries in the order of their names; none where bank or queries have no labels.
+        The classes that have images, in their order.
     """
-    in_bank, asked = _labelled(bank), _labelled(queries)
-    if not len(in_bank) or not len(asked):
-        return []
-    names = sorted({label for split in (bank, queries) for label in split.labels if label is not None})
-    code = {name: number for number, name in enumerate(names)}
-    bank_labels = np.array([code[bank.labels[row] or ""] for row in in_bank])
-    truth = np.array([code[queries.labels[row] or ""] for row in asked])
-    found = knn_predict(bank.embedding[in_bank], bank_labels, queries.embedding[asked], k, temperature)
-    return [_recall(name, found[truth == code[name]] == code[name]) for name in names if (truth == code[name]).any()]
+    return [_recall(classes, row, counts[row]) for row in np.flatnonzero(counts.sum(axis=1))]
 
 
-def _labelled(split: Split) -> NDArray[np.intp]:
-    return np.array([row for row, label in enumerate(split.labels) if label is not None], np.intp)
-
-
-def _recall(label: str, hits: NDArray[np.bool_]) -> Recall:
-    interval = binomtest(int(hits.sum()), len(hits)).proportion_ci(method="wilson")
-    return Recall(label, len(hits), float(hits.mean()), float(interval.low), float(interval.high))
+def _recall(classes: Sequence[str], own: int, taken: NDArray[np.int64]) -> Recall:
+    hits, images = int(taken[own]), int(taken.sum())
+    interval = binomtest(hits, images).proportion_ci(method="wilson")
+    wrong = np.where(np.arange(len(taken)) == own, 0, taken)
+    confused = classes[int(wrong.argmax())] if wrong.any() else None
+    return Recall(classes[own], images, hits / images, float(interval.low), float(interval.high), confused)
 
 
 def project(embedding: NDArray[np.float32]) -> tuple[NDArray[np.float64], str]:

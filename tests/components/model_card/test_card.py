@@ -5,7 +5,7 @@ import json
 
 import pytest
 import yaml
-from materials import COUNTS, LABELS, make_card
+from materials import COUNTS, make_card
 
 from components.model_card.card import SCHEMA_VERSION, Data, Evaluation, Figure, to_json
 from components.model_card.config import CardConfig
@@ -92,7 +92,7 @@ def test_names_cannot_break_out_of_their_cell_nor_become_html_or_links():
 
 
 def test_why_a_model_is_not_blessed_comes_first_in_the_card_and_in_its_limits():
-    verdict = Evaluation(False, ("kNN 0.3 is below the last blessed model's 0.4",), (), ())
+    verdict = Evaluation(False, ("kNN 0.3 is below the last blessed model's 0.4",), (), (), ())
     card = make_card(evaluation=verdict)
     assert "**Not blessed**: kNN 0.3 is below the last blessed model's 0.4." in to_markdown(card)
     assert card.limits[1] == "This model is not blessed: kNN 0.3 is below the last blessed model's 0.4."
@@ -102,16 +102,20 @@ def test_limits_follow_from_the_data():
     text = "\n".join(make_card().limits)
     assert "100 training images" in text
     assert "±19.6 percentage points" in text  # of 25 images
-    assert "1 class has fewer than 20 held-out images: their recall says little (frogs)" in text
+    assert "1 class has fewer than 20 held-out images, so recall of it says little (frogs)" in text
     assert "begin" not in text
     unlabelled = "\n".join(with_data(labels={}).limits)
     assert "no labels" in unlabelled
     assert "percentage points" not in unlabelled
-    untaught = "\n".join(with_data(labels={**LABELS, "newts": {"train": 0, "eval": 30}}).limits)
-    assert "1 class has no training image (newts)" in untaught
     conflicts = "\n".join(with_data(counts={**COUNTS, "unlabelled": 4, "label_conflicts": 3}).limits)
     assert "4 images have no label" in conflicts
     assert "3 images stood under more than one label" in conflicts
+    alike = with_data(counts={**COUNTS, "near_duplicates": 5, "near_duplicates_dropped": 0})
+    assert "5 held-out images look like one of the train split" in "\n".join(alike.limits)
+    dropped = with_data(counts={**COUNTS, "near_duplicates": 5, "near_duplicates_dropped": 5})
+    assert "look like" not in "\n".join(dropped.limits)
+    noted = dataclasses.replace(make_card().evaluation, notes=("no train image of newts: they count as not found",))
+    assert "No train image of newts: they count as not found." in make_card(evaluation=noted).limits
 
 
 def test_alarms_and_given_weights_are_limits():
@@ -137,7 +141,8 @@ def test_a_card_of_nearly_nothing_can_be_written():
 def test_metrics_stand_beside_those_of_the_untrained_network_and_the_raw_pixels():
     values = {
         "knn_top1": 0.5, "random_init_knn_top1": 0.3, "pixel_knn_top1": 0.4, "effective_rank": 9.0,
-        "finite_passed": 1.0, "score": 0.5, "rules_passed": 1.0, "bank_images": 10.0, "something_new": 0.1,
+        "finite_passed": 1.0, "score": 0.5, "score_gain_p": 0.1, "rules_passed": 1.0, "bank_images": 10.0,
+        "something_new": 0.1,
     }  # fmt: skip
     metrics = make_metrics({name: Figure(value) for name, value in values.items()}, {"knn_top1": Figure(0.45)})
     assert [metric.name for metric in metrics] == ["knn_top1", "effective_rank", "something_new"]

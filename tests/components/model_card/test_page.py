@@ -147,24 +147,23 @@ def test_names_are_shown_as_they_are_and_never_run():
     assert NASTY[:20] in " ".join(reader.words[reader.words.index("Map of the embeddings") :])  # legend, cut
 
 
-def test_recall_of_each_class_is_that_of_the_knn_vote_with_wilson_s_interval():
-    ways = np.eye(2, dtype=np.float32)
-    bank = Split(ways[[0, 0, 1, 1]], ("a", "a", "b", None), ())
-    queries = Split(ways[[0, 0, 1, 0, 1]], ("a", "a", "a", "b", None), ())
-    (first, second) = pictures.recall(bank, queries, 1, 0.1)
+def test_recall_of_each_class_is_that_of_the_confusion_matrix_with_wilson_s_interval():
+    counts = np.array([[2, 1, 0, 0], [3, 1, 4, 0], [0, 0, 0, 0], [0, 0, 0, 5]])
+    first, second, last = pictures.recall(["a", "b", "c", "d"], counts)
     # Wilson's interval of 2 of 3, by his formula.
     z, n, p = 1.959964, 3, 2 / 3
-    middle, half = (
-        (p + z * z / (2 * n)) / (1 + z * z / n),
-        z / (1 + z * z / n) * (p * (1 - p) / n + (z / (2 * n)) ** 2) ** 0.5,
-    )
-    assert (first.label, first.images, first.value) == ("a", 3, pytest.approx(2 / 3))
-    assert (first.low, first.high) == (pytest.approx(middle - half, abs=1e-5), pytest.approx(middle + half, abs=1e-5))
-    assert (second.label, second.images, second.value) == ("b", 1, 0.0)
+    middle, scale = p + z * z / (2 * n), 1 + z * z / n
+    half = z * (p * (1 - p) / n + (z / (2 * n)) ** 2) ** 0.5
+    assert (first.label, first.images, first.value, first.taken_for) == ("a", 3, pytest.approx(2 / 3), "b")
+    assert first.low == pytest.approx((middle - half) / scale, abs=1e-5)
+    assert first.high == pytest.approx((middle + half) / scale, abs=1e-5)
+    assert (second.label, second.images, second.value, second.taken_for) == ("b", 8, 1 / 8, "c")
+    assert (last.label, last.value, last.taken_for) == ("d", 1.0, None)
+    assert "taken for a 3 0.67 b" in Reader(page_of(["a"], ["a"], recall=[first])).text
 
 
 def test_bars_are_sorted_and_the_best_and_worst_stay_where_there_are_too_many_classes():
-    found = [Recall(f"class {n:03d}", 10, n / 100, 0.0, 1.0) for n in range(100)]
+    found = [Recall(f"class {n:03d}", 10, n / 100, 0.0, 1.0, None) for n in range(100)]
     text = page_of(["a"] * 5, ["a"], recall=found)
     names = re.findall(r'<th scope="row">class (\d+)', text)
     assert names == [f"{n:03d}" for n in [*range(99, 79, -1), *range(19, -1, -1)]]

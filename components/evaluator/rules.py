@@ -1,0 +1,192 @@
+"""The rules of the blessing, each with its outcome in words. Pure.
+
+A model is blessed when no rule is broken. The score is kNN top-1, or neighbour consistency where labels say nothing
+(none, or one class alone).
+
+| rule | it holds when |
+|---|---|
+| images_passed | there are two eval images and a train image at least |
+| finite_passed | every embedding of both splits is finite |
+| embedding_std_passed | the spread is at least `min_embedding_std` of a uniform one |
+| effective_rank_passed | the effective rank is at least `min_effective_rank`, or half of what is possible |
+| gain_passed | the paired interval of score - untrained score is above `min_gain`, and the exact sign test agrees (*) |
+| not_worse_passed | the score is at most `tolerance` below the last blessed model's, or the exact sign test on the |
+| | same eval images does not tell the two apart |
+| leak_passed | the alarm of a leak through batch normalisation does not sound at the end of training |
+(*) since the interval of a few images is too narrow; with `min_gain` below 0 no gain is asked for, and no test.
+
+So a fall beyond the tolerance is blessed only where noise explains it, and a small eval split explains much: what it
+cannot tell apart is best made larger.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from components.evaluator.config import EvaluateConfig
+from components.evaluator.resampling import Estimate
+
+RULES = (
+    "images_passed",
+    "finite_passed",
+    "embedding_std_passed",
+    "effective_rank_passed",
+    "gain_passed",
+    "not_worse_passed",
+    "leak_passed",
+)
+
+_ROUNDING = 1e-9  # of differences between shares
+
+
+class Rule(NamedTuple):
+    """One rule: whether it holds (None where it does not apply), and what was found, in words."""
+
+    name: str
+    holds: bool | None
+    text: str
+
+
+class Findings(NamedTuple):
+    """What the rules are judged by.
+
+    Attributes:
+        train_images, eval_images: that were measured.
+        finite: whether all embeddings are.
+        spread: embedding_std_relative.
+        rank: effective_rank.
+        possible_rank: of so many images and dimensions.
+        score_name: what the score is, as a person calls it.
+        score, untrained, gain: the score, that of the untrained encoder, and the paired difference.
+        gain_p: of the sign test.
+        has_baseline: whether there is a last blessed model.
+        baseline: its score; NaN where it could not be measured.
+        change_p: of the sign test against it.
+        leak: what the alarm says, empty if it is silent, None where the export does not say.
+    """
+
+    train_images: int
+    eval_images: int
+    finite: bool
+    spread: float
+    rank: float
+    possible_rank: int
+    score_name: str
+    score: float
+    untrained: float
+    gain: Estimate
+    gain_p: float
+    has_baseline: bool
+    baseline: float
+    change_p: float
+    leak: str | None
+
+
+def judge(found: Findings, config: EvaluateConfig) -> list[Rule]:
+    """Applies the rules, in the order of RULES."""
+    return list(_judge(found, config))
+
+
+def _judge(found: Findings, config: EvaluateConfig) -> Iterator[Rule]:
+    yield _images(found)
+    if not found.train_images + found.eval_images:
+        return
+    if not found.finite:
+        yield Rule("finite_passed", False, "some embeddings are NaN or infinite")
+    else:
+        yield Rule("finite_passed", True, "all embeddings are finite")
+        if found.eval_images >= 2:
+            yield _spread(found, config)
+            yield _rank(found, config)
+            yield _gain(found, config)
+            yield _not_worse(found, config)
+    yield _leak(found)
+
+
+def _images(found: Findings) -> Rule:
+    train, held_out = _images_of(found.train_images, "train"), _images_of(found.eval_images, "eval")
+    mend = "add images, or change ingest.eval_fraction"
+    if not found.train_images or not found.eval_images:
+        empty = "eval" if not found.eval_images else "train"
+        return Rule("images_passed", False, f"the {empty} split has no images: {mend}")
+    if found.eval_images < 2:
+        return Rule("images_passed", False, f"{held_out} is too few to judge an encoder by: {mend}")
+    return Rule("images_passed", True, f"judged on {held_out} against {train}")
+
+
+def _images_of(count: int, split: str) -> str:
+    return f"{count:,} {split} image{'' if count == 1 else 's'}"
+
+
+def _spread(found: Findings, config: EvaluateConfig) -> Rule:
+    holds, limit = found.spread >= config.min_embedding_std, config.min_embedding_std
+    if holds:
+        return Rule(
+            "embedding_std_passed", True, f"their spread is {found.spread:.3f} of a uniform one, at least {limit:g}"
+        )
+    return Rule(
+        "embedding_std_passed",
+        False,
+        f"the embeddings have collapsed: their spread is {found.spread:.4f} of a uniform one, below {limit:g}",
+    )
+
+
+def _rank(found: Findings, config: EvaluateConfig) -> Rule:
+    limit = min(config.min_effective_rank, found.possible_rank / 2)
+    if found.rank >= limit:
+        return Rule("effective_rank_passed", True, f"their effective rank is {found.rank:.1f}, at least {limit:g}")
+    text = f"the embeddings have collapsed: their effective rank is {found.rank:.2f}, below {limit:g}"
+    return Rule("effective_rank_passed", False, text)
+
+
+def _gain(found: Findings, config: EvaluateConfig) -> Rule:
+    name = found.score_name
+    if math.isnan(found.score) or math.isnan(found.untrained):
+        what = "untrained encoder's is not finite" if math.isnan(found.untrained) else "images are too few"
+        holds = None if config.min_gain < 0 else False
+        return Rule("gain_passed", holds, f"{name} cannot be compared with the untrained encoder's: the {what}")
+    figures = (
+        f"gain {found.gain.value:+.3f}, interval {found.gain.low:+.3f} to {found.gain.high:+.3f}, "
+        f"paired p = {_p(found.gain_p)}"
+    )
+    more = f" by more than {config.min_gain:g}" if config.min_gain else ""
+    proven = config.min_gain < 0 or found.gain_p < config.significance
+    holds = found.gain.low > config.min_gain and proven
+    verb = "is above" if holds else "is not proven to be above"
+    return Rule(
+        "gain_passed",
+        holds,
+        f"{name} {found.score:.3f} {verb} the untrained encoder's {found.untrained:.3f}{more}: {figures}",
+    )
+
+
+def _not_worse(found: Findings, config: EvaluateConfig) -> Rule:
+    name = found.score_name
+    if not found.has_baseline:
+        return Rule("not_worse_passed", None, "no blessed model to compare with yet")
+    if math.isnan(found.score) or math.isnan(found.baseline):
+        text = f"{name} of the last blessed model cannot be measured; evaluate.tolerance=1 goes without the comparison"
+        return Rule("not_worse_passed", None if config.tolerance >= 1 else False, text)
+    pair = f"the blessed model's {found.baseline:.3f}"
+    fall = found.baseline - found.score
+    p = f"paired p = {_p(found.change_p)}"
+    if fall <= 0:
+        return Rule("not_worse_passed", True, f"{name} {found.score:.3f} is not below {pair}, {p}")
+    below = f"{name} {found.score:.3f} is below {pair}"
+    if fall <= config.tolerance + _ROUNDING:
+        return Rule("not_worse_passed", True, f"{below} within evaluate.tolerance={config.tolerance:g}, {p}")
+    if found.change_p >= config.significance:
+        return Rule("not_worse_passed", True, f"{below}, which noise explains, {p}")
+    return Rule("not_worse_passed", False, f"{below}, {p}")
+
+
+def _leak(found: Findings) -> Rule:
+    if found.leak is None:
+        return Rule("leak_passed", None, "the export says nothing of the leak alarm")
+    if found.leak:
+        return Rule("leak_passed", False, f"the leak alarm sounded to the end of training: {found.leak}")
+    return Rule("leak_passed", True, "no alarm of a leak through batch normalisation")
+
+
+def _p(value: float) -> str:
+    return f"{value:.3f}" if value >= 0.0005 else f"{value:.0e}"
