@@ -15,6 +15,7 @@ from components.evaluator.config import EvaluateConfig
 from components.evaluator.outcomes import NO_LABEL, REPRESENTATIONS, Views
 from components.evaluator.scorecard import Facts
 
+_RANK_BITS = 63  # what Beam encodes as an integer
 _BITS = 16  # of a rank that samples are cut by
 _GROUPS = ("train", "eval", "labelled_train")
 
@@ -40,8 +41,8 @@ class Image(NamedTuple):
 
     @property
     def rank(self) -> int:
-        """Orders images by a hash of 64 bits: another than the image's own, whose first bits make the split."""
-        return int.from_bytes(hashlib.sha256(b"scorecard" + self.key).digest()[:8], "big")
+        """Orders images by a hash of 63 bits: another than the image's own, whose first bits make the split."""
+        return int.from_bytes(hashlib.sha256(b"scorecard" + self.key).digest()[:8], "big") >> 1
 
 
 @dataclasses.dataclass
@@ -103,7 +104,7 @@ class TakeCensus(beam.CombineFn):
         split = "train" if element.in_bank else "eval"
         groups = (split, "labelled_train") if element.in_bank and element.label is not None else (split,)
         for group in groups:
-            accumulator.ranks[group][element.rank >> (64 - _BITS)] += 1
+            accumulator.ranks[group][element.rank >> (_RANK_BITS - _BITS)] += 1
         if element.label is not None:
             (accumulator.bank if element.in_bank else accumulator.queries)[element.label] += 1
         for name, views in element.views.items():
@@ -153,8 +154,8 @@ class TakeCensus(beam.CombineFn):
 def _end(histogram: NDArray[np.int64], limit: int) -> int:
     """The rank below which at most `limit` images lie."""
     bins = int(np.searchsorted(np.cumsum(histogram), limit, side="right"))
-    return bins << (64 - _BITS)
+    return bins << (_RANK_BITS - _BITS)
 
 
 def _below(histogram: NDArray[np.int64], end: int) -> int:
-    return int(histogram[: end >> (64 - _BITS)].sum())
+    return int(histogram[: end >> (_RANK_BITS - _BITS)].sum())

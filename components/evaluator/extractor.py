@@ -9,7 +9,7 @@ search see components.evaluator.neighbours, 1.2 GB for 50,000 queries whatever t
 together on one worker: 10,000 x (2,048 float16 + float32) are 120 MB, a few times that while it is fitted.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import apache_beam as beam
@@ -103,7 +103,7 @@ class JudgeImages(beam.PTransform):
         return queries | f"Rank.{name}" >> beam.FlatMap(_rank, name, AsSingleton(probe))
 
 
-def embedded(extracts: Mapping[str, Any], candidate: str, baseline: str, columns: Sequence[str]) -> Image:
+def embedded(extracts: dict[str, Any], candidate: str, baseline: str, columns: Sequence[str]) -> Image:
     """What the judgement needs of one example's extracts.
 
     Raises:
@@ -182,9 +182,7 @@ def _rank(image: Image, name: str, probe: linear_probe.Probe | None) -> Iterator
         yield image.key, probe.ranking(vector[None], 5)[0]
 
 
-def _outcome(
-    joined: tuple[bytes, Mapping[str, Sequence[Any]]], config: EvaluateConfig, known: Census
-) -> dict[str, Any]:
+def _outcome(joined: tuple[bytes, dict[str, Iterable[Any]]], config: EvaluateConfig, known: Census) -> dict[str, Any]:
     """Extracts of one eval image: its outcome, and the columns that slices are made by."""
     key, parts = joined
     images = list(parts["image"])

@@ -14,8 +14,11 @@ point, and unlike rank it does not gain by noise.
 
 Intervals come of resampled images. Of the rank, the directions stay those of all images and their variances are drawn
 anew (a first-order perturbation of the eigenvalues): drawn with repetition, few images span fewer directions, which
-would put the whole interval below the figure.
+would put the whole interval below the figure. For the same reason, that repetition shrinks them, the draws of spread,
+rank and uniformity are moved so that their mean is the figure.
 """
+
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,14 +52,23 @@ def geometry_estimates(vectors: NDArray[np.float32]) -> dict[str, Estimate]:
         spreads.append(np.sqrt(np.maximum(variance, 0.0)).mean(axis=1))
         ranks.append(_rank_of(counts @ along))
         uniformities.append(_uniformity_draws(counts, vectors))
-    spread = Estimate(geometry.embedding_std(vectors), *interval(np.concatenate(spreads)))
+    spread = _around(geometry.embedding_std(vectors), spreads)
     root = float(np.sqrt(vectors.shape[1]))
     return {
         "embedding_std": spread,
         "embedding_std_relative": Estimate(*(figure * root for figure in spread)),
-        "effective_rank": Estimate(geometry.effective_rank(vectors), *interval(np.concatenate(ranks))),
-        "uniformity": Estimate(geometry.uniformity(vectors, _T), *interval(np.concatenate(uniformities))),
+        "effective_rank": _around(geometry.effective_rank(vectors), ranks),
+        "uniformity": _around(geometry.uniformity(vectors, _T), uniformities),
     }
+
+
+def _around(value: float, parts: Sequence[NDArray[np.float64]]) -> Estimate:
+    """The interval of draws that are moved so that their mean is the value."""
+    draws = np.concatenate(parts)
+    finite = draws[np.isfinite(draws)]
+    return (
+        Estimate(value, *interval(finite + (value - finite.mean()))) if finite.size else Estimate(value, value, value)
+    )
 
 
 def view_estimates(

@@ -247,8 +247,12 @@ def _near_duplicates(prints: beam.PCollection, job: Job) -> beam.PCollection:
         prints
         | "TrainPrints" >> beam.FlatMap(lambda one: [one[1]] if one[0] == train else [])
         | "FindAlike" >> beam.ParDo(FindAlike(job.config.near_duplicate_bits), beam.pvalue.AsList(wanted))
-        | "MostAlike" >> beam.CombinePerKey(min)
+        | "MostAlike" >> beam.CombinePerKey(_most_alike)
     )
+
+
+def _most_alike(candidates: Iterable[tuple[int, bytes]]) -> tuple[int, bytes]:
+    return min(candidates)
 
 
 class FindAlike(beam.DoFn):

@@ -21,7 +21,7 @@ def judged(
     vectors = {name: half(value) for name, value in vectors.items()}
     views = {name: (half(first), half(second)) for name, (first, second) in (views or {}).items()}
     classes = sorted({label for label in labels if label is not None})
-    coded = np.array([NO_LABEL if label is None else classes.index(label) for label in labels])
+    coded = np.array([NO_LABEL if label is None else classes.index(label) for label in labels], np.int64)
     bank, queries = in_bank & (coded >= 0), ~in_bank
     count = int(queries.sum())
     hits = np.full((count, len(REPRESENTATIONS), len(HITS)), np.nan, np.float32)
@@ -40,8 +40,8 @@ def judged(
     finite = np.array([name not in vectors or bool(np.isfinite(vectors[name]).all()) for name in REPRESENTATIONS])
     facts = Facts(
         classes=tuple(classes),
-        bank_counts=np.bincount(coded[bank], minlength=len(classes)),
-        query_counts=np.bincount(coded[queries & (coded >= 0)], minlength=len(classes)),
+        bank_counts=np.bincount(coded[bank], minlength=len(classes)).astype(np.int64),
+        query_counts=np.bincount(coded[queries & (coded >= 0)], minlength=len(classes)).astype(np.int64),
         bank_images=int(in_bank.sum()),
         query_images=count,
         finite=finite,
@@ -71,4 +71,4 @@ def _found(
         ranked = None if probe is None else probe.ranking(vectors[queries][row][None], 5)[0]
         hits.append(hits_of(coded[queries][row], voted, labels, ranked))
         predicted.append(voted[0])
-    return np.array(hits), np.array(predicted)
+    return np.array(hits).reshape(-1, len(HITS)), np.array(predicted)
