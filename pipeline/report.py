@@ -37,6 +37,15 @@ _METRICS = (
     "embedding_std",
     "effective_rank",
     "uniformity",
+    "neighbour_consistency",
+    "random_init_neighbour_consistency",
+    "knn_top5",
+    "linear_top5",
+    "random_init_linear_top1",
+    "pixel_linear_top1",
+    "recall_at_1",
+    "recall_at_5",
+    "recall_at_10",
 )
 _TRAIN = ("steps", "images_per_second", "final_loss", "strategy", "replicas")
 _COUNTS = ("read", "ingested", "quarantined", "duplicates", "train", "eval")
@@ -141,7 +150,7 @@ def summary(result: Mapping[str, Any], nodes: Sequence[Node], config: Config, im
             f"{config.encoder.name} (width {config.encoder.width}), {train['steps']:,} steps of "
             f"{config.train.global_batch} images on {train['replicas']} replicas, loss {train['final_loss']:.2f}",
         ),
-        *_quality(result["metrics"], counts, config),
+        *_quality(result["metrics"], result["intervals"], counts, config),
         ("blessed", _verdict(result, by_id["Evaluator"])),
         *_rules(by_id["Evaluator"]),
         ("encoder", _encoder(result, by_id)),
@@ -195,20 +204,34 @@ def _near_duplicates(node: Node, counts: Mapping[str, int]) -> str:
 
 
 def _quality(
-    metrics: Mapping[str, float | None], images: Mapping[str, int], config: Config
+    metrics: Mapping[str, float | None],
+    intervals: Mapping[str, Mapping[str, float | None]],
+    images: Mapping[str, int],
+    config: Config,
 ) -> Iterator[tuple[str, str]]:
     if metrics["knn_top1"] is None:
-        yield "quality", f"no labels: effective rank {_figure(metrics['effective_rank'], 1)}"
+        yield (
+            "quality",
+            (
+                f"no labels: two views share {_figure(metrics['neighbour_consistency'])} of their neighbours "
+                f"({_figure(metrics['random_init_neighbour_consistency'])} untrained), "
+                f"effective rank {_figure(metrics['effective_rank'], 1)}"
+            ),
+        )
         return
     neighbours = min(config.evaluate.knn_k, images["train"])
-    yield (
-        "kNN top-1",
-        f"{_figure(metrics['knn_top1'])} trained, {_figure(metrics['random_init_knn_top1'])} untrained, "
-        f"{_figure(metrics['pixel_knn_top1'])} raw pixels  (backbone, k = {neighbours}, "
-        f"T = {config.evaluate.knn_temperature:g})",
-    )
+    t = config.evaluate.knn_temperature
+    yield "kNN top-1", f"{_beside(metrics, intervals, 'knn_top1')}  (backbone, k = {neighbours}, T = {t:g})"
     if metrics["linear_top1"] is not None:
-        yield "linear", f"{_figure(metrics['linear_top1'])} top-1 of a linear probe"
+        yield "linear", f"{_beside(metrics, intervals, 'linear_top1')}  (a linear probe's top-1)"
+
+
+def _beside(metrics: Mapping[str, float | None], intervals: Mapping[str, Mapping[str, float | None]], name: str) -> str:
+    """A figure with its interval, and the same of the untrained encoder and of raw pixels."""
+    untrained, pixels = (_figure(metrics[f"{kind}_{name}"]) for kind in ("random_init", "pixel"))
+    return (
+        f"{_figure(metrics[name])}{_interval(intervals.get(name))} trained, {untrained} untrained, {pixels} raw pixels"
+    )
 
 
 def _verdict(result: Mapping[str, Any], evaluator: Node) -> str:
@@ -238,6 +261,13 @@ def _took(seconds: float, cached: Sequence[str]) -> str:
 
 def _figure(value: float | None, digits: int = 3) -> str:
     return "n/a" if value is None else f"{value:.{digits}f}"
+
+
+def _interval(estimate: Mapping[str, float | None] | None) -> str:
+    """The 95 % interval of a figure, if it has one."""
+    if not estimate or estimate["low"] is None:
+        return ""
+    return f" ({_figure(estimate['low'])} to {_figure(estimate['high'])})"
 
 
 def _describe_ingest(node: Node) -> str:

@@ -49,4 +49,5 @@ class LatestOtherBlessedModelStrategy(resolver.ResolverStrategy):
         return {CANDIDATE: input_dict[CANDIDATE], **resolved}
 
     def _is_there(self, model: types.Artifact) -> bool:
-        return self._missing is MissingBaseline.refuse or fileio.exists(path_utils.eval_model_dir(model.uri))
+        export = f"{path_utils.eval_model_dir(model.uri)}/saved_model.pb"
+        return self._missing is MissingBaseline.refuse or fileio.exists(export)

@@ -74,6 +74,7 @@ def interval(draws: NDArray[np.floating]) -> tuple[float, float]:
 
 def mean_estimates(values: NDArray[np.floating]) -> list[Estimate]:
     """The mean of each column of [N, M] with its interval, resampling rows; NaN entries take no part."""
+    values = values.astype(np.float64)
     if not len(values):
         return [NOTHING] * values.shape[1]
     draws = mean_draws(values)

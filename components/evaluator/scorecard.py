@@ -206,7 +206,8 @@ def _comparisons(scores: Mapping[str, NDArray[np.float64]], basis: str) -> dict[
     columns = np.stack([own, own - untrained, own - baseline], axis=1)
     figures = dict(zip(("score", "score_gain", "score_change"), mean_estimates(columns), strict=True))
     figures["score_gain_p"] = _figure(sign_test(own, untrained))
-    figures["score_change_p"] = _figure(sign_test(own, baseline))
+    if np.isfinite(baseline).any():
+        figures["score_change_p"] = _figure(sign_test(own, baseline))
     if basis == _KNN:
         figures["knn_gain"] = figures["score_gain"]
     return figures

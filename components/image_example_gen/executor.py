@@ -247,12 +247,9 @@ def _near_duplicates(prints: beam.PCollection, job: Job) -> beam.PCollection:
         prints
         | "TrainPrints" >> beam.FlatMap(lambda one: [one[1]] if one[0] == train else [])
         | "FindAlike" >> beam.ParDo(FindAlike(job.config.near_duplicate_bits), beam.pvalue.AsList(wanted))
-        | "MostAlike" >> beam.CombinePerKey(_most_alike)
+        | "GroupAlike" >> beam.GroupByKey()
+        | "MostAlike" >> beam.MapTuple(lambda sha, found: (sha, min(found)))
     )
-
-
-def _most_alike(candidates: Iterable[tuple[int, bytes]]) -> tuple[int, bytes]:
-    return min(candidates)
 
 
 class FindAlike(beam.DoFn):

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer_module.alarms import Alarm, History, Interval, Kind, check_losses, check_weights, judge
+from trainer_module.alarms import Alarm, History, Interval, Kind, check_losses, check_weights, judge, sounding
 from trainer_module.config import KeyBnConfig, KeyBnMode, TrainConfig, WatchConfig
 from trainer_module.errors import UserError
 
@@ -98,6 +98,17 @@ def test_the_leak_is_pretext_near_one_while_knn_has_fallen():
     )
     assert kinds(said) == [[], [], [Kind.leak], []]
     assert "pretext top-1 is 0.990 while kNN fell from 0.500 to 0.400" in said[2][0].text
+
+
+def test_what_sounds_at_the_end_is_what_was_said_and_has_not_cleared():
+    leaking, slow = {"pretext_top1": 0.99, "knn_top1": 0.3}, {"input_wait_share": 0.5}
+    changes = [{"knn_top1": 0.5}, *[slow] * 3, leaking]
+    intervals = [dataclasses.replace(HEALTHY, step=10 * n, **change) for n, change in enumerate(changes, 1)]
+    texts = sounding(intervals, CONFIG)
+    assert list(texts) == [Kind.leak]
+    assert texts[Kind.leak].startswith("leak at step 50: ")
+    cleared = dataclasses.replace(HEALTHY, step=60, knn_top1=0.5)
+    assert sounding([*intervals, cleared], CONFIG) == {}
 
 
 @pytest.mark.parametrize("pretext", [0.5, 0.95])

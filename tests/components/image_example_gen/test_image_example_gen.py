@@ -21,9 +21,9 @@ from tfx.types import standard_artifacts
 from tfx.utils import proto_utils
 
 from components import disk
-from components.image_example_gen import codec, component, executor, sources
+from components.image_example_gen import codec, component, executor, near_duplicates, sources
 from components.image_example_gen.component import ImageExampleGen
-from components.image_example_gen.config import IngestConfig, Labels
+from components.image_example_gen.config import IngestConfig, Labels, NearDuplicates
 from trainer_module.errors import UserError
 
 RUNNER = "--runner=apache_beam.runners.portability.fn_api_runner.FnApiRunner"
@@ -487,3 +487,63 @@ def test_a_span_that_matches_nothing_is_refused_in_one_line(tmp_path: pathlib.Pa
     assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match="--images"):
         Chain(tmp_path, f"{tmp_path}/v{{VERSION}}").run()
+
+
+@pytest.fixture(scope="module")
+def copied(tmp_path_factory) -> pathlib.Path:
+    """60 real pictures, and a recompressed copy of each, so that many pairs are cut apart by the split."""
+    pictures = sample(60)
+    for name, data in list(pictures.items()):
+        stream = io.BytesIO()
+        Image.open(io.BytesIO(data)).convert("RGB").save(stream, "JPEG", quality=70)
+        pictures[name.rpartition(".")[0] + "-copy.jpg"] = stream.getvalue()
+    return write_all(tmp_path_factory.mktemp("copied"), pictures)
+
+
+def alike(uri: pathlib.Path, bits: int) -> set[bytes]:
+    """Paths of the eval images that look like a train image, by comparing all pairs."""
+    prints = {
+        split: [
+            (near_duplicates.perceptual_hash(Image.open(io.BytesIO(row["image/encoded"]))), row["image/path"])
+            for row in read_split(uri, split)
+        ]
+        for split in ("train", "eval")
+    }
+    return {
+        path for one, path in prints["eval"] if any(bin(one ^ other).count("1") <= bits for other, _ in prints["train"])
+    }
+
+
+def test_near_duplicates_across_the_split_are_counted_and_listed(copied, tmp_path):
+    ingest(copied, tmp_path / "out", shard_mb=0.05)
+    wanted, found = alike(tmp_path / "out", 4), counts(tmp_path / "out")
+    assert found["near_duplicates"] == len(wanted) > 5
+    assert found["near_duplicates_dropped"] == 0
+    listed = [json.loads(line) for line in (tmp_path / "out" / "near_duplicates.jsonl").read_text().splitlines()]
+    assert {row["eval"].encode() for row in listed} == wanted
+    assert {row["train"].encode() for row in listed} <= {r["image/path"] for r in read_split(tmp_path / "out", "train")}
+    assert all(row["bits"] <= 4 for row in listed)
+
+
+def test_near_duplicates_are_dropped_from_the_eval_split_alone_and_always_the_same(copied, tmp_path):
+    ingest(copied, tmp_path / "kept", shard_mb=0.05)
+    ingest(copied, tmp_path / "out", shard_mb=0.05, near_duplicates=NearDuplicates.drop)
+    ingest(copied, tmp_path / "again", ("--direct_num_workers=2",), shard_mb=0.05, near_duplicates=NearDuplicates.drop)
+    dropped = alike(tmp_path / "kept", 4)
+    kept = [row for row in read_split(tmp_path / "kept", "eval") if row["image/path"] not in dropped]
+    assert read_split(tmp_path / "out", "eval") == kept
+    assert read_split(tmp_path / "out", "train") == read_split(tmp_path / "kept", "train")
+    assert content(tmp_path / "out") == content(tmp_path / "again")
+    found = counts(tmp_path / "out")
+    assert found["eval"] == len(kept)
+    assert found["near_duplicates_dropped"] == len(dropped)
+    parts = ("ingested", "quarantined", "duplicates", "near_duplicates_dropped")
+    assert found["read"] == sum(found[part] for part in parts)
+    assert sum(found["labels"][label]["eval"] for label in found["labels"]) == len(kept)
+    assert found["bytes"] == sum(len(row["image/encoded"]) for row in read_all(tmp_path / "out"))
+
+
+def test_near_duplicates_are_not_looked_for_where_that_is_off(copied, tmp_path):
+    ingest(copied, tmp_path / "out", near_duplicates=NearDuplicates.off)
+    assert counts(tmp_path / "out")["near_duplicates"] == 0
+    assert (tmp_path / "out" / "near_duplicates.jsonl").read_text() == ""
