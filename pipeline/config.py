@@ -25,6 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from components.evaluator.config import EvaluateConfig
 from components.image_example_gen.config import PILLOW_MAX_PIXELS, IngestConfig
+from components.model_card.config import CardConfig
 from trainer_module.config import (
     AugmentConfig,
     EncoderConfig,
@@ -49,7 +50,7 @@ class Config:
     Attributes:
         name: names the experiment in reports and in the model's card; letters, digits, dot, dash, underscore.
         seed: from which every random draw is derived.
-        ingest, image, augment, encoder, train, evaluate: see their classes.
+        ingest, image, augment, encoder, train, evaluate, card: see their classes.
     """
 
     name: str = "moco"
@@ -60,6 +61,7 @@ class Config:
     encoder: EncoderConfig = EncoderConfig()  # noqa: RUF009
     train: TrainConfig = TrainConfig()  # noqa: RUF009
     evaluate: EvaluateConfig = EvaluateConfig()  # noqa: RUF009
+    card: CardConfig = CardConfig()  # noqa: RUF009
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,22 +1,21 @@
 """The pipeline: what feeds what. It depends on its arguments and our sources; paths and metadata are the runner's."""
 
 import dataclasses
-import json
 
 from ml_metadata.proto import metadata_store_pb2
 from tfx import v1 as tfx
-from tfx.dsl.components.base import executor_spec
 from tfx.types import Channel, standard_artifacts
 
 from components.evaluator import eval_model
 from components.evaluator.baseline import LatestOtherBlessedModelStrategy
 from components.evaluator.eval_config import make_eval_config
 from components.image_example_gen.component import ImageExampleGen
-from components.pusher import executor as pusher_executor
+from components.model_card.component import ModelCard
+from components.pusher.component import Pusher
 from components.transform import preprocessing
 from components.transform.statistics import stats_options
 from components.view_augmenter.component import ViewAugmenter
-from pipeline import fingerprint
+from pipeline import __version__, fingerprint
 from pipeline.config import Config, flatten
 from trainer_module import run_fn
 from trainer_module.run_fn import Experiment
@@ -54,9 +53,8 @@ def create_pipeline(
         metadata: connection to ML Metadata; None where the orchestrator brings its own.
         beam_pipeline_args: flags for Beam; the runner is named there.
     """
-    example_gen = ImageExampleGen(
-        images, config.ingest, code=fingerprint.of("components.image_example_gen.component")
-    ).with_id("ImageExampleGen")
+    code = _code()
+    example_gen = ImageExampleGen(images, config.ingest, code=code["ImageExampleGen"]).with_id("ImageExampleGen")
     examples = example_gen.outputs["examples"]
     statistics_gen = tfx.components.StatisticsGen(examples, stats_options=stats_options()).with_id("StatisticsGen")
     # The schema knows the labels of the train split only, so a new label in the eval split is an anomaly.
@@ -73,7 +71,7 @@ def create_pipeline(
         examples=examples,
         schema=schema,
         preprocessing_fn=f"{preprocessing.__name__}.preprocessing_fn",
-        custom_config=preprocessing.make_custom_config(storage, fingerprint.of(preprocessing.__name__)),
+        custom_config=preprocessing.make_custom_config(storage, code["Transform"]),
         splits_config=tfx.proto.SplitsConfig(analyze=["train"], transform=["train", "eval"]),
         materialize=False,
         disable_statistics=True,
@@ -84,7 +82,7 @@ def create_pipeline(
         augment=config.augment,
         seed=config.seed,
         sample=config.train.watch.sample,
-        code=fingerprint.of("components.view_augmenter.component"),
+        code=code["ViewAugmenter"],
     ).with_id("ViewAugmenter")
     trainer = _trainer(config, augmenter.outputs["views"], transform.outputs["transform_graph"], places)
     model = trainer.outputs["model"]
@@ -100,22 +98,29 @@ def create_pipeline(
         model=model,
         baseline_model=baseline.outputs["model"],
         example_splits=["train", "eval"],
-        eval_config=make_eval_config(
-            config.evaluate, fingerprint.of("components.evaluator.eval_config", eval_model.MODULE_PATH)
-        ),
+        eval_config=make_eval_config(config.evaluate, code["Evaluator"]),
         module_path=eval_model.MODULE_PATH,
     ).with_id("Evaluator")
-    pusher = tfx.components.Pusher(
+    model_card = ModelCard(
+        model=model,
+        model_run=trainer.outputs["model_run"],
+        examples=examples,
+        evaluation=evaluator.outputs["evaluation"],
+        blessing=evaluator.outputs["blessing"],
+        name=config.name,
+        statement=config.card,
+        config=flatten(config),
+        code=code,
+        project=__version__,
+    ).with_id("ModelCard")
+    pusher = Pusher(
         model=model,
         model_blessing=evaluator.outputs["blessing"],
+        model_card=model_card.outputs["model_card"],
         push_destination=tfx.proto.PushDestination(
             filesystem=tfx.proto.PushDestination.Filesystem(base_directory=places.serving)
         ),
-        custom_config={
-            pusher_executor.CARD: json.dumps({"config": flatten(config)}, sort_keys=True),
-            "code": fingerprint.of(pusher_executor.__name__),
-        },
-        custom_executor_spec=executor_spec.ExecutorClassSpec(pusher_executor.Executor),
+        custom_config={"code": code["Pusher"]},
     ).with_id("Pusher")
     return tfx.dsl.Pipeline(
         pipeline_name="moco",
@@ -130,6 +135,7 @@ def create_pipeline(
             trainer,
             baseline,
             evaluator,
+            model_card,
             pusher,
         ],
         enable_cache=True,
@@ -149,6 +155,19 @@ def make_experiment(config: Config, places: Places) -> Experiment:
         checkpoints=places.checkpoints,
         code=fingerprint.of(run_fn.__name__) + digest(config.encoder.weights),
     )
+
+
+def _code() -> dict[str, str]:
+    """Fingerprints of the sources of each stage whose code is ours."""
+    return {
+        "ImageExampleGen": fingerprint.of("components.image_example_gen.component"),
+        "Transform": fingerprint.of(preprocessing.__name__),
+        "ViewAugmenter": fingerprint.of("components.view_augmenter.component"),
+        "Trainer": fingerprint.of(run_fn.__name__),
+        "Evaluator": fingerprint.of("components.evaluator.eval_config", eval_model.MODULE_PATH),
+        "ModelCard": fingerprint.of("components.model_card.component"),
+        "Pusher": fingerprint.of("components.pusher.component"),
+    }
 
 
 def _trainer(config: Config, views: Channel, transform_graph: Channel, places: Places) -> tfx.components.Trainer:

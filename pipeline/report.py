@@ -22,6 +22,7 @@ from components.evaluator.eval_config import (
     read_rules,
     read_validation,
 )
+from components.model_card.card import JSON_FILE, PAGE_FILE
 from components.transform.preprocessing import LABEL_VOCABULARY
 from components.transform.statistics import read_anomalies, read_missing_labels
 from pipeline.config import Config
@@ -92,6 +93,7 @@ def collect(nodes: Sequence[Node], seconds: float) -> dict[str, Any]:
         "status": "succeeded" if blessed else "not_blessed",
         "blessed": blessed,
         "pushed_model": _pushed(by_id["Pusher"]),
+        "model_card": _page(by_id["ModelCard"]),
         "images": {key: counts[key] for key in _COUNTS},
         "rules": [rule._asdict() for rule in read_rules(by_id["Evaluator"].uri("evaluation"))],
         "intervals": as_json({name: estimates[name] for name in _METRICS if name in estimates}),
@@ -111,6 +113,7 @@ def failed(nodes: Sequence[Node], current: str, error: BaseException, seconds: f
             "status": "failed",
             "blessed": False,
             "pushed_model": None,
+            "model_card": None,
             "images": _counts_so_far(nodes),
             "metrics": dict.fromkeys((*_METRICS, "pretext_top1", "alignment")),
             "train": dict.fromkeys(_TRAIN),
@@ -151,6 +154,7 @@ def summary(result: Mapping[str, Any], nodes: Sequence[Node], config: Config, im
         ("blessed", _verdict(result, by_id["Evaluator"])),
         *_rules(by_id["Evaluator"]),
         ("encoder", _encoder(result, by_id)),
+        ("pictures", _shown(result["model_card"])),
         ("took", _took(result["seconds"]["total"], result["cached"])),
         ("details", f"{_shown(home / 'result.json')}, {_shown(home / 'log.txt')}"),
     ]
@@ -325,6 +329,13 @@ def _describe_evaluator(node: Node) -> str:
     return f"kNN {knn} (untrained {untrained}, pixels {pixels}): {verdict}"
 
 
+def _describe_card(node: Node) -> str:
+    card = json.loads(Path(node.uri("model_card"), JSON_FILE).read_text(encoding="utf-8"))
+    measured = sum(metric["trained"]["value"] is not None for metric in card["evaluation"]["metrics"])
+    kilobytes = Path(_page(node)).stat().st_size / 1e3
+    return f"card with {measured} metrics, {card['pictures']['queries']} queries, {kilobytes:,.0f} kB"
+
+
 def _describe_pusher(node: Node) -> str:
     pushed = _pushed(node)
     return f"version {Path(pushed).name} pushed" if pushed else "nothing pushed"
@@ -339,6 +350,7 @@ _DESCRIBERS: Mapping[str, Callable[[Node], str]] = {
     "ViewAugmenter": _describe_augmenter,
     "Trainer": _describe_trainer,
     "Evaluator": _describe_evaluator,
+    "ModelCard": _describe_card,
     "Pusher": _describe_pusher,
 }
 
@@ -359,6 +371,10 @@ def _blessed(evaluator: Node) -> bool:
 
 def _reasons(evaluator: Node) -> list[str]:
     return read_validation(evaluator.uri("evaluation"))
+
+
+def _page(model_card: Node) -> str:
+    return f"{model_card.uri('model_card')}/{PAGE_FILE}"
 
 
 def _pushed(pusher: Node) -> str | None:

@@ -18,6 +18,7 @@ from trainer_module.images import centre_view, centre_views
 from trainer_module.views import view_pair
 
 ENCODED = "image/encoded"
+FACTS_FILE = "assets.extra/encoder.json"  # beside the graph, where servers ignore it
 _IDENTITY = "image/sha256"
 _SPLIT = "image/split"
 PIXEL_SIDE = 32  # of the raw-pixel features that the evaluation compares with
@@ -170,8 +171,8 @@ def save_encoder(module: EncoderModule, facts: dict[str, Any], directory: str) -
 
     Args:
         module: to be published.
-        facts: of the encoder, such as the size and the layer of the embedding; written to
-            assets.extra/encoder.json, which servers ignore and the model's card quotes.
+        facts: of the encoder, such as the size and the layer of the embedding; written to FACTS_FILE, which the
+            model's card quotes.
         directory: to write to.
     """
     signatures = {
@@ -180,9 +181,9 @@ def save_encoder(module: EncoderModule, facts: dict[str, Any], directory: str) -
         "pixels": module.pixels,
     }
     tf.saved_model.save(module, directory, signatures=signatures)
-    extra = posixpath.join(directory, "assets.extra")
-    tf.io.gfile.makedirs(extra)
-    with tf.io.gfile.GFile(posixpath.join(extra, "encoder.json"), "w") as file:
+    path = posixpath.join(directory, FACTS_FILE)
+    tf.io.gfile.makedirs(posixpath.dirname(path))
+    with tf.io.gfile.GFile(path, "w") as file:
         file.write(json.dumps(facts | {"input_size": module.size, "resize": module.resize}, indent=2))
 
 

@@ -11,25 +11,25 @@ from tfx.components.pusher import executor
 from tfx.dsl.io import fileio
 from tfx.proto import pusher_pb2
 from tfx.types import artifact_utils, standard_component_specs
-from tfx.utils import io_utils, json_utils, proto_utils
+from tfx.utils import io_utils, proto_utils
 
-from components.pusher import model_card, publish
+from components.model_card.card import JSON_FILE, MARKDOWN_FILE, PAGE_FILE
+from components.pusher import publish
 from components.pusher.pointer import CARD_FILE, DIGEST
 
-CARD = "card"  # key of custom_config: JSON that the model's card starts with
-
-_ENCODER_FILE = "assets.extra/encoder.json"  # facts that the exporter left with the model
+MODEL_CARD = "model_card"  # key of the input
 
 
 class Executor(executor.Executor):
     """TFX's Pusher, made atomic.
 
     The stock executor copies file by file into the version's folder, which a server may open meanwhile and a kill
-    leaves half-written, and takes a version that exists already for pushed. This one archives the model, writes its
-    card, and publishes it as `components.pusher.publish` says: to a directory or gs://, whole or not at all. The new
-    version is the time in seconds, or the number after the highest version if that is not lower, so it is always the
-    highest. A model that is in service or the newest version already, for instance because a run was killed after the
-    publication, is not published twice. Properties of the pushed model artifact are the stock executor's.
+    leaves half-written, and takes a version that exists already for pushed. This one archives the model with its card,
+    if one is given, and publishes both as `components.pusher.publish` says: to a directory or gs://, whole or not at
+    all. The new version is the time in seconds, or the number after the highest version if that is not lower, so it is
+    always the highest. A model that is in service or the newest version already, for instance because a run was killed
+    after the publication, is not published twice, whatever its card says. Properties of the pushed model artifact are
+    the stock executor's.
     """
 
     def Do(  # noqa: N802
@@ -51,25 +51,28 @@ class Executor(executor.Executor):
         model_path = self.GetModelPath(input_dict)
         # The archive comes first: once the model can be served nothing is left that could fail.
         io_utils.copy_dir(model_path, pushed_model.uri)
-        _write_card(_card(exec_properties) | {DIGEST: _digest(model_path)}, pushed_model.uri)
+        cards = input_dict.get(MODEL_CARD)
+        card_uri = artifact_utils.get_single_uri(cards) if cards else None
+        _write_card(pushed_model.uri, _digest(model_path), card_uri)
         destination = push(pushed_model.uri, _base_directory(exec_properties))
         self._MarkPushed(pushed_model, pushed_destination=destination, pushed_version=os.path.basename(destination))
 
 
-def _card(exec_properties: dict[str, Any]) -> dict[str, Any]:
-    """What the pipeline has to say in the model's card; empty when it says nothing."""
-    custom_config = json_utils.loads(exec_properties.get(standard_component_specs.CUSTOM_CONFIG_KEY) or "null") or {}
-    return json.loads(custom_config.get(CARD, "{}"))
+def _write_card(model_path: str, digest: str, card_uri: str | None) -> None:
+    """Puts the files of a card beside the graph, where servers ignore them, and the digest into the JSON."""
+    card: dict[str, Any] = {}
+    if card_uri is not None:
+        with fileio.open(os.path.join(card_uri, JSON_FILE), "r") as file:
+            card = json.loads(file.read())
+        for name in (MARKDOWN_FILE, PAGE_FILE):
+            io_utils.copy_file(os.path.join(card_uri, name), _beside(model_path, name), overwrite=True)
+    card[DIGEST] = digest
+    text = json.dumps(card, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    io_utils.write_string_file(_beside(model_path, JSON_FILE), text)
 
 
-def _write_card(card: dict[str, Any], model_path: str) -> None:
-    """Writes the card beside the graph, where servers ignore it, with the exporter's facts under `encoder`."""
-    facts = os.path.join(model_path, _ENCODER_FILE)
-    if fileio.exists(facts):
-        with fileio.open(facts, "r") as file:
-            card = card | {"encoder": json.loads(file.read())}
-    io_utils.write_string_file(os.path.join(model_path, CARD_FILE), json.dumps(card, indent=2, sort_keys=True) + "\n")
-    io_utils.write_string_file(os.path.join(model_path, model_card.FILE), model_card.to_markdown(card))
+def _beside(model_path: str, name: str) -> str:
+    return os.path.join(model_path, os.path.dirname(CARD_FILE), name)
 
 
 def push(model_path: str, base_directory: str) -> str:

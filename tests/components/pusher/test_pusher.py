@@ -1,5 +1,6 @@
 """The Pusher: whole versions or none, whatever is there already."""
 
+import json
 import os
 import shutil
 import signal
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from components.pusher import model_card, publish
+from components.pusher import publish
 from trainer_module.errors import UserError
 
 
@@ -43,7 +44,7 @@ def model(tmp_path_factory) -> Path:
     return root
 
 
-def run_executor(pusher, model: Path, base: Path, tmp_path: Path, blessed: bool):
+def run_executor(pusher, model: Path, base: Path, tmp_path: Path, blessed: bool, card: Path | None = None):
     from tfx.proto import pusher_pb2
     from tfx.types import standard_artifacts
     from tfx.utils import proto_utils
@@ -56,8 +57,15 @@ def run_executor(pusher, model: Path, base: Path, tmp_path: Path, blessed: bool)
     pushed = standard_artifacts.PushedModel()
     pushed.uri = str(tmp_path / "pushed")
     destination = pusher_pb2.PushDestination(filesystem=pusher_pb2.PushDestination.Filesystem(base_directory=str(base)))
+    inputs = {"model": [candidate], "model_blessing": [blessing]}
+    if card is not None:
+        from components.model_card.artifact import ModelCard
+
+        artifact = ModelCard()
+        artifact.uri = str(card)
+        inputs["model_card"] = [artifact]
     pusher.Executor().Do(
-        {"model": [candidate], "model_blessing": [blessing]},
+        inputs,
         {"pushed_model": [pushed]},
         {"push_destination": proto_utils.proto_to_json(destination)},
     )
@@ -80,8 +88,7 @@ def test_a_blessed_model_is_published_and_archived_with_the_stock_properties(pus
     assert before <= int(version) <= time.time()
     assert tree(base / version) == tree(Path(pushed.uri))
     assert tree(base / version).items() >= tree(model / "Format-Serving").items()
-    assert set(tree(base / version)) - set(tree(model / "Format-Serving")) == {pusher.CARD_FILE, model_card.FILE}
-    assert "# Model card" in (base / version / model_card.FILE).read_text()
+    assert set(tree(base / version)) - set(tree(model / "Format-Serving")) == {pusher.CARD_FILE}
     assert publish.resolve(str(base)) == str(base / version)
     assert pushed.get_int_custom_property("pushed") == 1
     assert pushed.get_string_custom_property("pushed_destination") == str(base / version)
@@ -103,6 +110,34 @@ def test_a_model_that_is_the_newest_version_already_is_not_published_twice(pushe
     assert len(versions(base)) == 3
 
 
+def make_card(folder: Path, name: str) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "model_card.json").write_text(json.dumps({"name": name}))
+    (folder / "model_card.md").write_text(f"# {name}")
+    (folder / "model_card.html").write_text(f"<h1>{name}</h1>")
+    return folder
+
+
+def test_a_card_is_published_beside_the_model_and_says_which_bytes_it_is_of(pusher, model, tmp_path):
+    base = tmp_path / "serving"
+    run_executor(pusher, model, base, tmp_path, blessed=True, card=make_card(tmp_path / "card", "birds"))
+    (version,) = versions(base)
+    files = tree(base / version / "assets.extra")
+    assert files["model_card.md"] == b"# birds"
+    assert files["model_card.html"] == b"<h1>birds</h1>"
+    document = json.loads(files["model_card.json"])
+    assert document["name"] == "birds"
+    assert len(document["model_sha256"]) == 64
+
+
+def test_another_card_alone_makes_no_new_version(pusher, model, tmp_path):
+    base = tmp_path / "serving"
+    for name in ("birds", "frogs"):
+        run_executor(pusher, model, base, tmp_path / name, blessed=True, card=make_card(tmp_path / name / "c", name))
+    (version,) = versions(base)
+    assert (base / version / "assets.extra" / "model_card.md").read_bytes() == b"# birds"
+
+
 def test_the_published_model_loads_and_answers(pusher, model, tmp_path):
     import tensorflow as tf
 
@@ -117,19 +152,22 @@ def test_a_model_that_is_not_blessed_leaves_no_trace(pusher, model, tmp_path):
     assert pushed.get_int_custom_property("pushed") == 0
 
 
-def test_the_stock_component_takes_the_executor(pusher):
+def test_the_component_takes_what_the_stock_one_takes_and_a_card():
     from tfx import v1 as tfx
-    from tfx.dsl.components.base import executor_spec
 
-    model = tfx.types.standard_artifacts.Model()
-    component = tfx.components.Pusher(
-        model=tfx.dsl.Channel(tfx.types.standard_artifacts.Model).set_artifacts([model]),
-        push_destination=tfx.proto.PushDestination(
-            filesystem=tfx.proto.PushDestination.Filesystem(base_directory="/serving")
-        ),
-        custom_executor_spec=executor_spec.ExecutorClassSpec(pusher.Executor),
-    )
+    from components.model_card.artifact import ModelCard
+    from components.pusher.component import Pusher
+
+    def channel(kind):
+        return tfx.dsl.Channel(kind).set_artifacts([kind()])
+
+    destination = tfx.proto.PushDestination(filesystem=tfx.proto.PushDestination.Filesystem(base_directory="/serving"))
+    types = tfx.types.standard_artifacts
+    blessing = channel(types.InfraBlessing)
+    component = Pusher(infra_blessing=blessing, model_card=channel(ModelCard), push_destination=destination)
     assert component.executor_spec.class_path == "components.pusher.executor.Executor"
+    assert set(component.inputs) == {"infra_blessing", "model_card"}
+    assert component.outputs["pushed_model"].type is types.PushedModel
 
 
 def test_a_version_is_never_used_twice_and_a_new_one_is_always_the_highest(pusher, model, tmp_path):
