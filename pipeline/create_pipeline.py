@@ -13,6 +13,7 @@ from components.evaluator.baseline import LatestOtherBlessedModelStrategy
 from components.evaluator.eval_config import make_eval_config
 from components.image_example_gen.component import ImageExampleGen
 from components.pusher import executor as pusher_executor
+from components.serving_check.component import ServingCheck
 from components.transform import preprocessing
 from components.transform.statistics import stats_options
 from components.view_augmenter.component import ViewAugmenter
@@ -29,7 +30,7 @@ class Places:
 
     Attributes:
         root: folder of the artifacts.
-        serving: folder of the published versions.
+        serving: place of publication, a folder or gs://BUCKET/PATH.
         checkpoints: folder of the training checkpoints, which outlives a failed execution.
     """
 
@@ -104,14 +105,23 @@ def create_pipeline(
         ),
         module_path=eval_model.MODULE_PATH,
     ).with_id("Evaluator")
-    pusher = tfx.components.Pusher(
+    serving_check = ServingCheck(
         model=model,
+        model_run=trainer.outputs["model_run"],
+        config=config.serving_check,
+        precision=config.train.precision,
+        code=fingerprint.of("components.serving_check.component", "components.serving_check.probe"),
+    ).with_id("ServingCheck")
+    # Given no model, it publishes the one that was checked, with the warm-up requests that lie beside it.
+    pusher = tfx.components.Pusher(
         model_blessing=evaluator.outputs["blessing"],
+        infra_blessing=serving_check.outputs["blessing"],
         push_destination=tfx.proto.PushDestination(
             filesystem=tfx.proto.PushDestination.Filesystem(base_directory=places.serving)
         ),
         custom_config={
             pusher_executor.CARD: json.dumps({"config": flatten(config)}, sort_keys=True),
+            pusher_executor.KEEP: config.publish.keep,
             "code": fingerprint.of(pusher_executor.__name__),
         },
         custom_executor_spec=executor_spec.ExecutorClassSpec(pusher_executor.Executor),
@@ -129,6 +139,7 @@ def create_pipeline(
             trainer,
             baseline,
             evaluator,
+            serving_check,
             pusher,
         ],
         enable_cache=True,

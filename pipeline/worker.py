@@ -3,6 +3,7 @@
 For what has to run in another environment, or apart. Idle in between; what is imported once serves all questions.
 """
 
+import contextlib
 import json
 import os
 import subprocess
@@ -29,7 +30,8 @@ class Worker:
 
     def __init__(self, command: Sequence[str | Path], environment: Mapping[str, str] | None = None) -> None:
         self._command = [str(part) for part in command]
-        self._said = tempfile.TemporaryFile()  # noqa: SIM115 - __exit__ closes it
+        self._open = contextlib.ExitStack()
+        self._said = self._open.enter_context(tempfile.TemporaryFile())
         self._process = subprocess.Popen(
             self._command,
             cwd=ROOT,
@@ -52,7 +54,7 @@ class Worker:
         """Ends the process."""
         self._process.kill()
         self._process.communicate()
-        self._said.close()
+        self._open.close()
 
     @property
     def processor_seconds(self) -> float:

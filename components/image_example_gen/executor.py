@@ -357,21 +357,25 @@ class FirstCopy(beam.CombineFn):
     Output: (packed Ref, number of copies, whether copies differ in their labels).
     """
 
-    def create_accumulator(self) -> tuple[str, int, bool] | None:  # noqa: D102
+    def create_accumulator(self) -> tuple[str, int, bool] | None:
+        """Nothing yet."""
         return None
 
-    def add_input(self, accumulator: tuple[str, int, bool] | None, ref: str) -> tuple[str, int, bool]:  # noqa: D102
+    def add_input(self, accumulator: tuple[str, int, bool] | None, ref: str) -> tuple[str, int, bool]:
+        """One reference more."""
         one = (ref, 1, False)
         return one if accumulator is None else self._merge(accumulator, one)
 
-    def merge_accumulators(self, accumulators: Iterable[Any]) -> tuple[str, int, bool] | None:  # noqa: D102
+    def merge_accumulators(self, accumulators: Iterable[Any]) -> tuple[str, int, bool] | None:
+        """What several have found."""
         merged = None
         for one in accumulators:
             if one is not None:
                 merged = one if merged is None else self._merge(merged, one)
         return merged
 
-    def extract_output(self, accumulator: tuple[str, int, bool] | None) -> tuple[str, int, bool] | None:  # noqa: D102
+    def extract_output(self, accumulator: tuple[str, int, bool] | None) -> tuple[str, int, bool] | None:
+        """As it is."""
         return accumulator
 
     @staticmethod

@@ -15,8 +15,12 @@ from tfx.utils import io_utils, json_utils, proto_utils
 
 from components.pusher import model_card, publish
 from components.pusher.pointer import CARD_FILE, DIGEST
+from trainer_module import progress
+from trainer_module.errors import UserError
 
-CARD = "card"  # key of custom_config: JSON that the model's card starts with
+# Keys of custom_config.
+CARD = "card"  # JSON that the model's card starts with
+KEEP = "keep"  # versions that stay, see components.pusher.config; 0 or absent for all
 
 _ENCODER_FILE = "assets.extra/encoder.json"  # facts that the exporter left with the model
 
@@ -52,14 +56,29 @@ class Executor(executor.Executor):
         # The archive comes first: once the model can be served nothing is left that could fail.
         io_utils.copy_dir(model_path, pushed_model.uri)
         _write_card(_card(exec_properties) | {DIGEST: _digest(model_path)}, pushed_model.uri)
-        destination = push(pushed_model.uri, _base_directory(exec_properties))
+        base = _base_directory(exec_properties)
+        destination = push(pushed_model.uri, base)
+        _keep(base, _custom_config(exec_properties).get(KEEP, 0))
         self._MarkPushed(pushed_model, pushed_destination=destination, pushed_version=os.path.basename(destination))
 
 
 def _card(exec_properties: dict[str, Any]) -> dict[str, Any]:
     """What the pipeline has to say in the model's card; empty when it says nothing."""
-    custom_config = json_utils.loads(exec_properties.get(standard_component_specs.CUSTOM_CONFIG_KEY) or "null") or {}
-    return json.loads(custom_config.get(CARD, "{}"))
+    return json.loads(_custom_config(exec_properties).get(CARD, "{}"))
+
+
+def _custom_config(exec_properties: dict[str, Any]) -> dict[str, Any]:
+    return json_utils.loads(exec_properties.get(standard_component_specs.CUSTOM_CONFIG_KEY) or "null") or {}
+
+
+def _keep(base: str, count: int) -> None:
+    """Removes older versions; that this cannot be done does not undo the publication, and is noted."""
+    if not count:
+        return
+    try:
+        publish.keep(publish.place(base), count)
+    except UserError as error:
+        progress.note(f"older versions were not removed: {error}")
 
 
 def _write_card(card: dict[str, Any], model_path: str) -> None:
