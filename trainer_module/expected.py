@@ -48,9 +48,7 @@ class Probe:
     square_embedding: NDArray[np.float32]
 
 
-def write_expected(
-    split_dir: str, embed: EmbedViews, image: ImageConfig, augment: AugmentConfig, path: str
-) -> Sequence[Probe]:
+def write_expected(split_dir: str, embed: EmbedViews, image: ImageConfig, augment: AugmentConfig, path: str) -> None:
     """Embeds the probes that ViewAugmenter chose, and writes them.
 
     Args:
@@ -59,17 +57,10 @@ def write_expected(
         image, augment: geometry of the centre view.
         path: to write, a TFRecord file.
 
-    Returns:
-        What was written.
-
     Raises:
         UserError: the file with the probes is missing or truncated.
     """
-    probes = make_probes(_read_images(split_dir), embed, image, augment)
-    with tf.io.TFRecordWriter(path) as writer:
-        for probe in probes:
-            writer.write(_serialise(probe))
-    return probes
+    write_probes(make_probes(_read_images(split_dir), embed, image, augment), path)
 
 
 def make_probes(
@@ -131,8 +122,15 @@ def host_embedder(
     return embed
 
 
+def write_probes(probes: Sequence[Probe], path: str) -> None:
+    """Writes a TFRecord file for `read_expected`."""
+    with tf.io.TFRecordWriter(path) as writer:
+        for probe in probes:
+            writer.write(_serialise(probe))
+
+
 def read_expected(path: str) -> list[Probe]:
-    """What `write_expected` wrote.
+    """What the trainer wrote.
 
     Raises:
         UserError: it is missing or damaged.
