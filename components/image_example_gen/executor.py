@@ -264,7 +264,6 @@ class _ThreadedDoFn(beam.DoFn):
     def setup(self) -> None:
         """Starts the threads of this worker."""
         self._pool = concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1))
-        self._reader = sources.Reader()
         self._ticker = _Ticker(self._task())
 
     def teardown(self) -> None:
@@ -420,7 +419,7 @@ class WriteShard(_ThreadedDoFn):
         """(record, bytes, label, None) of a good image, (None, 0, None, row) of a bad one."""
         sha, ref = member[0].hex(), unpack_ref(member[1])
         try:
-            data = self._reader.read(ref)
+            data = sources.read_ref(ref)
             if codec.sha256(data) != sha:
                 raise OSError("it changed while the images were read; run again")
             image = codec.canonical(data, self._job.limits)

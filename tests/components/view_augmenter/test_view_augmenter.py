@@ -187,7 +187,9 @@ def test_where_both_keeps_the_stored_images_beside_the_same_views(
 def test_where_trainer_writes_stored_images_only(both: standard_artifacts.Examples, tmp_path: Path) -> None:
     stored = run(tmp_path, dataclasses.replace(AUGMENT, where=Where.trainer), shards=3)
     assert read(stored, "images-") == read(both, "images-")
-    assert tree(stored.uri) == {"views.json"} | {f"Split-train/images-0000{n}-of-00003.tfrecord" for n in range(3)}
+    probes = "watch/probe-00000-of-00001.tfrecord"
+    images = {f"Split-train/images-0000{n}-of-00003.tfrecord" for n in range(3)}
+    assert tree(stored.uri) == {"views.json", probes} | images
 
 
 def test_the_trainer_would_make_the_same_views_from_the_stored_images(both: standard_artifacts.Examples) -> None:
