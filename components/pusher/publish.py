@@ -7,6 +7,7 @@ one in service; see `components.pusher.pointer`. Readers ask `resolve` or `local
 import contextlib
 import dataclasses
 import os
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
@@ -103,7 +104,7 @@ def place(base: str, transfer: Any = None) -> Place:
 
 
 def check(base: str, what: str, transfer: Any = None) -> None:
-    """Refuses a place to which nothing can be published, as far as that can be told without writing.
+    """Refuses a place to which nothing can be published, as far as that can be told without publishing.
 
     Args:
         base: a directory, or gs://BUCKET/PATH, which is asked once.
@@ -125,8 +126,10 @@ def check(base: str, what: str, transfer: Any = None) -> None:
             there = os.path.dirname(there)
         if not os.path.isdir(there):
             raise UserError(f"{what}: {there} is a file; name a directory")
-        if not os.access(there, os.W_OK | os.X_OK):
-            raise UserError(f"{what}: {there} may not be written; change its rights, or name another directory")
+        try:
+            os.rmdir(tempfile.mkdtemp(prefix=".moco-", dir=there))
+        except OSError as error:
+            raise UserError(f"{what}: {there} cannot be written ({error.strerror}); name another directory") from error
 
 
 def publish(model_path: str, to: Place) -> str:

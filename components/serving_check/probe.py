@@ -9,9 +9,11 @@ does is said on standard output, a line of JSON before each step and one after i
 it hung or died.
 """
 
+import ctypes
 import importlib.machinery
 import json
 import os
+import signal
 import sys
 import time
 from typing import Any, TextIO
@@ -19,6 +21,7 @@ from typing import Any, TextIO
 ABSENT = ("keras", "tf_keras", "tfx", "tensorflow_transform", "apache_beam")
 LOADING = "loading the model"
 
+_SET_PARENT_DEATH_SIGNAL = 1  # of prctl
 _TIMED_SECONDS = 0.5
 _TIMED_CALLS = (3, 50)  # at the least, at the most
 
@@ -109,6 +112,9 @@ def _peak_bytes() -> int:
 
 
 if __name__ == "__main__":
+    ctypes.CDLL(None).prctl(
+        _SET_PARENT_DEATH_SIGNAL, signal.SIGKILL
+    )  # a model that hangs must not outlive a killed run
     # What the libraries print becomes standard error, so that nothing tears a line.
     lines = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)

@@ -1,5 +1,6 @@
 """The Pusher: whole versions or none, whatever is there already."""
 
+import json
 import os
 import shutil
 import signal
@@ -43,7 +44,7 @@ def model(tmp_path_factory) -> Path:
     return root
 
 
-def run_executor(pusher, model: Path, base: Path, tmp_path: Path, blessed: bool):
+def run_executor(pusher, model: Path, base: Path, tmp_path: Path, blessed: bool, **custom_config):
     from tfx.proto import pusher_pb2
     from tfx.types import standard_artifacts
     from tfx.utils import proto_utils
@@ -59,7 +60,7 @@ def run_executor(pusher, model: Path, base: Path, tmp_path: Path, blessed: bool)
     pusher.Executor().Do(
         {"model": [candidate], "model_blessing": [blessing]},
         {"pushed_model": [pushed]},
-        {"push_destination": proto_utils.proto_to_json(destination)},
+        {"push_destination": proto_utils.proto_to_json(destination), "custom_config": json.dumps(custom_config)},
     )
     return pushed
 
@@ -101,6 +102,16 @@ def test_a_model_that_is_the_newest_version_already_is_not_published_twice(pushe
     (other / pusher.CARD_FILE).write_text("{}")
     run_executor(pusher, model, base, tmp_path / "3", blessed=True)
     assert len(versions(base)) == 3
+
+
+def test_only_as_many_versions_stay_as_are_asked_for(pusher, model, tmp_path):
+    base = tmp_path / "serving"
+    for number in range(3):
+        pusher.push(str(model / "Format-Serving"), str(base))
+        assert len(versions(base)) == number + 1
+    pushed = run_executor(pusher, model, base, tmp_path, blessed=True, keep=2)
+    assert len(versions(base)) == 2
+    assert versions(base)[-1] == pushed.get_string_custom_property("pushed_version")
 
 
 def test_the_published_model_loads_and_answers(pusher, model, tmp_path):
