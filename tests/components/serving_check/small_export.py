@@ -7,6 +7,7 @@ import keras
 import tensorflow as tf
 from PIL import Image
 
+from trainer_module.batch_norm import FusedBatchNormalization
 from trainer_module.config import AugmentConfig, ImageConfig
 from trainer_module.encoder import Encoder
 from trainer_module.expected import host_embedder, make_probes
@@ -22,7 +23,7 @@ def make_network():
     """float32[N, 16, 16, 3] -> float32[N, 12]."""
     image = keras.Input((16, 16, 3))
     x = keras.layers.Conv2D(8, 3, strides=2, use_bias=False, kernel_initializer=keras.initializers.HeNormal(1))(image)
-    x = keras.layers.ReLU()(keras.layers.BatchNormalization()(x))
+    x = keras.layers.ReLU()(FusedBatchNormalization()(x))
     x = keras.layers.GlobalAveragePooling2D()(x)
     return keras.Model(image, keras.layers.Dense(12, kernel_initializer=keras.initializers.HeNormal(2))(x))
 
