@@ -394,7 +394,7 @@ def _pipeline(
     from pipeline import config, console
     from pipeline.workdir import opened
 
-    settings = config.load(preset_or_file, overrides)
+    settings = config.resolved(config.load(preset_or_file, overrides))
     workdir = os.path.expanduser(workdir)
     check_workdir(workdir, images)
     console.quiet(verbose)
@@ -402,6 +402,10 @@ def _pipeline(
     from components.image_example_gen import sources
 
     sources.check(images)
+    if settings.publish.to:
+        from components.pusher import publish
+
+        publish.check(settings.publish.to, f"publish.to={settings.publish.to}")
     with opened(workdir) as home:
         from pipeline import local
 

@@ -26,6 +26,8 @@ from omegaconf.errors import OmegaConfBaseException
 from components.evaluator.config import EvaluateConfig
 from components.image_example_gen.config import PILLOW_MAX_PIXELS, IngestConfig
 from components.model_card.config import CardConfig
+from components.pusher.config import PublishConfig
+from components.serving_check.config import ServingCheckConfig
 from trainer_module.config import (
     AugmentConfig,
     EncoderConfig,
@@ -50,7 +52,7 @@ class Config:
     Attributes:
         name: names the experiment in reports and in the model's card; letters, digits, dot, dash, underscore.
         seed: from which every random draw is derived.
-        ingest, image, augment, encoder, train, evaluate, card: see their classes.
+        ingest, image, augment, encoder, train, evaluate, serving_check, card, publish: see their classes.
     """
 
     name: str = "moco"
@@ -61,7 +63,9 @@ class Config:
     encoder: EncoderConfig = EncoderConfig()  # noqa: RUF009
     train: TrainConfig = TrainConfig()  # noqa: RUF009
     evaluate: EvaluateConfig = EvaluateConfig()  # noqa: RUF009
+    serving_check: ServingCheckConfig = ServingCheckConfig()  # noqa: RUF009
     card: CardConfig = CardConfig()  # noqa: RUF009
+    publish: PublishConfig = PublishConfig()  # noqa: RUF009
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,6 +176,10 @@ RANGES: Mapping[str, Range] = {
     "evaluate.max_bank": Range(1, 10**8),
     "evaluate.max_queries": Range(1, 10**8),
     "evaluate.max_geometry": Range(2, 10**8),
+    "serving_check.timeout_s": _positive(86_400),
+    "serving_check.tolerance": _positive(1),
+    "serving_check.max_latency_ms": Range(0, 10**7),
+    "publish.keep": Range(0, 10**6),
 }
 
 CHOICES: Mapping[str, tuple[str, ...]] = {"encoder.name": ("resnet18", "resnet34", "resnet50", "resnet101")}
@@ -235,6 +243,15 @@ def validate(config: Config) -> None:
         _check_value(key, value)
     for fault in _impossible(config):
         raise UserError(fault)
+
+
+def resolved(config: Config) -> Config:
+    """With the paths that a run is told as they are from any folder; relative ones are meant from the present one."""
+    to = config.publish.to
+    if not to or "://" in to:
+        return config
+    publish = dataclasses.replace(config.publish, to=os.path.abspath(os.path.expanduser(to)))
+    return dataclasses.replace(config, publish=publish)
 
 
 def to_yaml(config: Config) -> str:
@@ -556,6 +573,7 @@ def _impossible(config: Config) -> Iterator[str]:
     yield from _impossible_views(config)
     yield from _impossible_encoder(config)
     yield from _impossible_training(config)
+    yield from _impossible_publication(config)
 
 
 _ORDERED = (
@@ -618,6 +636,16 @@ def _impossible_encoder(config: Config) -> Iterator[str]:
         # What is on gs:// is looked for by who reads it: that takes TensorFlow.
         if "://" not in encoder.weights and not os.path.isfile(os.path.expanduser(encoder.weights)):
             yield f"encoder.weights={_show(encoder.weights)}: there is no such file"
+
+
+def _impossible_publication(config: Config) -> Iterator[str]:
+    to = config.publish.to
+    scheme = re.match(r"(\w+):/", to)
+    if scheme and not to.startswith("gs://"):
+        yield (
+            f"publish.to={_show(to)} is neither a directory nor gs://BUCKET/PATH; e.g. publish.to=gs://"
+            f"{to[scheme.end() :].lstrip('/') or 'BUCKET/PATH'}"
+        )
 
 
 def _impossible_training(config: Config) -> Iterator[str]:

@@ -11,7 +11,9 @@ from components.evaluator.baseline import LatestOtherBlessedModelStrategy
 from components.evaluator.eval_config import make_eval_config
 from components.image_example_gen.component import ImageExampleGen
 from components.model_card.component import ModelCard
+from components.pusher import executor as pusher_executor
 from components.pusher.component import Pusher
+from components.serving_check.component import ServingCheck
 from components.transform import preprocessing
 from components.transform.statistics import stats_options
 from components.view_augmenter.component import ViewAugmenter
@@ -28,7 +30,7 @@ class Places:
 
     Attributes:
         root: folder of the artifacts.
-        serving: folder of the published versions.
+        serving: place of publication, a folder or gs://BUCKET/PATH.
         checkpoints: folder of the training checkpoints, which outlives a failed execution.
     """
 
@@ -101,6 +103,13 @@ def create_pipeline(
         eval_config=make_eval_config(config.evaluate, code["Evaluator"]),
         module_path=eval_model.MODULE_PATH,
     ).with_id("Evaluator")
+    serving_check = ServingCheck(
+        model=model,
+        model_run=trainer.outputs["model_run"],
+        config=config.serving_check,
+        precision=config.train.precision,
+        code=code["ServingCheck"],
+    ).with_id("ServingCheck")
     model_card = ModelCard(
         model=model,
         model_run=trainer.outputs["model_run"],
@@ -113,14 +122,15 @@ def create_pipeline(
         code=code,
         project=__version__,
     ).with_id("ModelCard")
+    # Given no model, it publishes the one that was checked, with the warm-up requests that lie beside it.
     pusher = Pusher(
-        model=model,
         model_blessing=evaluator.outputs["blessing"],
+        infra_blessing=serving_check.outputs["blessing"],
         model_card=model_card.outputs["model_card"],
         push_destination=tfx.proto.PushDestination(
             filesystem=tfx.proto.PushDestination.Filesystem(base_directory=places.serving)
         ),
-        custom_config={"code": code["Pusher"]},
+        custom_config={pusher_executor.KEEP: config.publish.keep, "code": code["Pusher"]},
     ).with_id("Pusher")
     return tfx.dsl.Pipeline(
         pipeline_name="moco",
@@ -135,6 +145,7 @@ def create_pipeline(
             trainer,
             baseline,
             evaluator,
+            serving_check,
             model_card,
             pusher,
         ],
@@ -165,6 +176,7 @@ def _code() -> dict[str, str]:
         "ViewAugmenter": fingerprint.of("components.view_augmenter.component"),
         "Trainer": fingerprint.of(run_fn.__name__),
         "Evaluator": fingerprint.of("components.evaluator.eval_config", eval_model.MODULE_PATH),
+        "ServingCheck": fingerprint.of("components.serving_check.component", "components.serving_check.probe"),
         "ModelCard": fingerprint.of("components.model_card.component"),
         "Pusher": fingerprint.of("components.pusher.component"),
     }

@@ -20,6 +20,7 @@ from tfx.orchestration.portable import launcher, runtime_parameter_utils
 from tfx.orchestration.portable.mlmd import execution_lib
 from tfx.proto.orchestration import pipeline_pb2
 
+from components.pusher import publish
 from components.view_augmenter.executor import Job, check_space
 from pipeline import console, report
 from pipeline.config import Config, to_yaml
@@ -64,7 +65,8 @@ def run(config: Config, images: str, home: Path, *, require_blessing: bool = Fal
 def _run(config: Config, images: str, home: Path, require_blessing: bool) -> int:
     prepare(config.train)
     check_encoder(config.encoder, config.augment.size)
-    places = Places(str(home / "artifacts"), str(home / "serving" / "encoder"), _checkpoints(config, home))
+    serving = config.publish.to or str(home / "serving" / "encoder")
+    places = Places(str(home / "artifacts"), serving, _checkpoints(config, home))
     # Known now, and not only once the Trainer finds them.
     refuse_other_run(places.checkpoints, make_experiment(config, places).identity())
     make_folder(places.checkpoints)
@@ -73,7 +75,7 @@ def _run(config: Config, images: str, home: Path, require_blessing: bool) -> int
     _write(home / "config.yaml", to_yaml(config))
     connection = tfx.orchestration.metadata.sqlite_metadata_connection_config(str(home / "metadata.sqlite"))
     _clear_dead_executions(connection, Path(places.root))
-    _forget_lost_versions(connection)
+    _forget_lost_versions(connection, places.serving)
     nodes: list[report.Node] = []
 
     def finished(node: report.Node) -> None:
@@ -188,13 +190,17 @@ def _clear_dead_executions(connection: metadata_store_pb2.ConnectionConfig, root
             handle.store.put_executions(dead)
 
 
-def _forget_lost_versions(connection: metadata_store_pb2.ConnectionConfig) -> None:
+def _forget_lost_versions(connection: metadata_store_pb2.ConnectionConfig, base: str) -> None:
     """Removes the archives of versions that were published and are gone, so that no cached push stands for them."""
+    at = publish.place(base)
     with metadata.Metadata(connection) as handle:
-        for artifact in handle.store.get_artifacts_by_type("PushedModel"):
-            destination = artifact.custom_properties["pushed_destination"].string_value
-            if destination and not Path(destination).exists():
-                shutil.rmtree(artifact.uri, ignore_errors=True)
+        pushed = handle.store.get_artifacts_by_type("PushedModel")
+    archives = [(artifact.custom_properties["pushed_destination"].string_value, artifact.uri) for artifact in pushed]
+    here = [(destination, uri) for destination, uri in archives if destination.startswith(f"{at.base}/")]
+    there = {at.path(number) for number in publish.whole(at)} if here else set()
+    for destination, uri in here:
+        if destination not in there:
+            shutil.rmtree(uri, ignore_errors=True)
 
 
 def _write(path: Path, text: str) -> None:

@@ -23,6 +23,8 @@ from components.evaluator.eval_config import (
     read_validation,
 )
 from components.model_card.card import JSON_FILE, PAGE_FILE
+from components.serving_check.executor import read_report
+from components.serving_check.requests import BATCHES
 from components.transform.preprocessing import LABEL_VOCABULARY
 from components.transform.statistics import read_anomalies, read_missing_labels
 from pipeline.config import Config
@@ -87,7 +89,8 @@ def collect(nodes: Sequence[Node], seconds: float) -> dict[str, Any]:
     training = _training(by_id["Trainer"])
     metrics = read_metrics(by_id["Evaluator"].uri("evaluation"))
     estimates = read_intervals(by_id["Evaluator"].uri("evaluation"))
-    blessed = _blessed(by_id["Evaluator"])
+    served = read_report(by_id["ServingCheck"].uri("blessing"))
+    blessed = _blessed(by_id["Evaluator"]) and served.blessed
     counts = ingested(by_id["ImageExampleGen"])
     return {
         "status": "succeeded" if blessed else "not_blessed",
@@ -100,6 +103,7 @@ def collect(nodes: Sequence[Node], seconds: float) -> dict[str, Any]:
         "metrics": {name: metrics.get(name) for name in _METRICS}
         | {"pretext_top1": training["pretext_top1"], "alignment": training["alignment"]},
         "train": {name: training[name] for name in _TRAIN},
+        "serving": {"reasons": list(served.reasons)} | dict(served.figures),
         "seconds": {node.id: round(node.seconds, 2) for node in nodes} | {"total": round(seconds, 2)},
         "executor_seconds": {node.id: round(node.executor_seconds, 2) for node in nodes},
         "cached": [node.id for node in nodes if node.cached],
@@ -151,7 +155,8 @@ def summary(result: Mapping[str, Any], nodes: Sequence[Node], config: Config, im
             f"{config.train.global_batch} images on {train['replicas']} replicas, loss {train['final_loss']:.2f}",
         ),
         *_quality(result["metrics"], result["intervals"], counts, config),
-        ("blessed", _verdict(result, by_id["Evaluator"])),
+        *_serving(by_id["ServingCheck"]),
+        ("blessed", _verdict(result, by_id["Evaluator"], by_id["ServingCheck"])),
         *_rules(by_id["Evaluator"]),
         ("encoder", _encoder(result, by_id)),
         ("pictures", _shown(result["model_card"])),
@@ -234,10 +239,23 @@ def _beside(metrics: Mapping[str, float | None], intervals: Mapping[str, Mapping
     )
 
 
-def _verdict(result: Mapping[str, Any], evaluator: Node) -> str:
+def _serving(check: Node) -> Iterator[tuple[str, str]]:
+    report = read_report(check.uri("blessing"))
+    if report.blessed:
+        alone, full = (_latency(report.figures, batch) for batch in (BATCHES[0], BATCHES[-1]))
+        yield (
+            "served",
+            f"{alone:.1f} ms for one image, {full:.1f} ms an image in batches of {BATCHES[-1]}, "
+            f"{report.figures['peak_mib']:,} MiB, by TensorFlow alone",
+        )
+
+
+def _verdict(result: Mapping[str, Any], evaluator: Node, check: Node) -> str:
     if result["blessed"]:
         return "yes"
-    return "no: " + "; ".join(reason.removeprefix("not blessed: ") for reason in _reasons(evaluator))
+    served = read_report(check.uri("blessing"))
+    reasons = [*_reasons(evaluator), *(f"cannot be served: {reason}" for reason in served.reasons[:1])]
+    return "no: " + "; ".join(reason.removeprefix("not blessed: ") for reason in reasons)
 
 
 def _rules(evaluator: Node) -> Iterator[tuple[str, str]]:
@@ -336,6 +354,23 @@ def _describe_card(node: Node) -> str:
     return f"card with {measured} metrics, {card['pictures']['queries']} queries, {kilobytes:,.0f} kB"
 
 
+def _describe_serving_check(node: Node) -> str:
+    report = read_report(node.uri("blessing"))
+    if not report.blessed:
+        further = f" (and {len(report.reasons) - 1} more)" if len(report.reasons) > 1 else ""
+        return f"not blessed: {report.reasons[0]}{further}"
+    figures = report.figures
+    return (
+        f"{figures['signatures']} signatures, {figures['images']:,} images, {_latency(figures, BATCHES[-1]):.1f} ms an "
+        f"image at {BATCHES[-1]}, {figures['peak_mib']:,} MiB: blessed"
+    )
+
+
+def _latency(figures: Mapping[str, Any], batch: int) -> float:
+    """Median of encoded images, in milliseconds of one."""
+    return figures["latency_ms"]["serving_default"][str(batch)]["median"]
+
+
 def _describe_pusher(node: Node) -> str:
     pushed = _pushed(node)
     return f"version {Path(pushed).name} pushed" if pushed else "nothing pushed"
@@ -350,6 +385,7 @@ _DESCRIBERS: Mapping[str, Callable[[Node], str]] = {
     "ViewAugmenter": _describe_augmenter,
     "Trainer": _describe_trainer,
     "Evaluator": _describe_evaluator,
+    "ServingCheck": _describe_serving_check,
     "ModelCard": _describe_card,
     "Pusher": _describe_pusher,
 }

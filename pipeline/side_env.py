@@ -110,19 +110,22 @@ FAISS = SideEnvironment(
     requirements=ROOT / "pipeline" / "bench" / "requirements-faiss.txt",
     why="nothing but a benchmark may import faiss, and it brings an OpenBLAS and an OpenMP of its own",
 )
-TPU_LOWER = SideEnvironment(
-    name="venv-tpu-lower",
-    holds="TensorFlow's TPU build",
-    pythons=("3.10",),
-    requirements=ROOT / "pipeline" / "tpu" / "requirements-lower.txt",
-    why="it takes the place of TensorFlow, and lacks the CPU's XLA",
+
+
+def _for_tpu(part: str, holds: str, pythons: tuple[str, ...], why: str) -> SideEnvironment:
+    """An environment of ./moco tpu-report."""
+    requirements = ROOT / "pipeline" / "tpu" / f"requirements-{part}.txt"
+    return SideEnvironment(f"venv-tpu-{part}", holds, pythons, requirements, why)
+
+
+TPU_LOWER = _for_tpu(
+    "lower", "TensorFlow's TPU build", ("3.10",), "it takes the place of TensorFlow, and lacks the CPU's XLA"
 )
-TPU_COMPILE = SideEnvironment(
-    name="venv-tpu-compile",
-    holds="the TPU compiler",
-    pythons=("3.12", "3.13"),
-    requirements=ROOT / "pipeline" / "tpu" / "requirements-compile.txt",
-    why="libtpu goes with a jax that wants a newer Python and a newer NumPy than TFX's",
+TPU_COMPILE = _for_tpu(
+    "compile",
+    "the TPU compiler",
+    ("3.12", "3.13"),
+    "libtpu goes with a jax that wants a newer Python and a newer NumPy than TFX's",
 )
 
 

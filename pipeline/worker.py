@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from trainer_module.errors import UserError
 ROOT = Path(__file__).resolve().parents[1]
 _QUIET = {"TF_CPP_MIN_LOG_LEVEL": "3", "GRPC_VERBOSITY": "ERROR", "PYTHONWARNINGS": "ignore"}
 _REFUSED = "refused"
+_LAST_BYTES = 4000
 
 
 class Worker:
@@ -29,7 +29,7 @@ class Worker:
 
     def __init__(self, command: Sequence[str | Path], environment: Mapping[str, str] | None = None) -> None:
         self._command = [str(part) for part in command]
-        self._said = tempfile.TemporaryFile()  # noqa: SIM115 - __exit__ closes it
+        self._said = os.memfd_create("said")  # a file that goes with whoever holds it open
         self._process = subprocess.Popen(
             self._command,
             cwd=ROOT,
@@ -52,7 +52,7 @@ class Worker:
         """Ends the process."""
         self._process.kill()
         self._process.communicate()
-        self._said.close()
+        os.close(self._said)
 
     @property
     def processor_seconds(self) -> float:
@@ -78,8 +78,9 @@ class Worker:
             pass
         if not answer:
             self._process.wait()
-            self._said.seek(0)
-            raise RuntimeError(f"{' '.join(self._command)} failed:\n{self._said.read().decode()[-4000:]}")
+            start = max(0, os.fstat(self._said).st_size - _LAST_BYTES)
+            said = os.pread(self._said, _LAST_BYTES, start).decode(errors="replace")
+            raise RuntimeError(f"{' '.join(self._command)} failed:\n{said}")
         value = json.loads(answer)
         if isinstance(value, dict) and value.keys() == {_REFUSED}:
             raise UserError(value[_REFUSED])

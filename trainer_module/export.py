@@ -62,10 +62,13 @@ class EncoderModule(tf.Module):
 
     def _embed_views(self, views: tf.Tensor) -> tf.Tensor:
         """float32[N, size, size, 3] in [0, 255] -> unit float32[N, D]."""
-        x = (views - self._mean) / self._std
+        # oneDNN's convolutions refuse an empty batch, so one grey image stands in for it.
+        missing = tf.cast(tf.equal(tf.shape(views)[0], 0), tf.int32)
+        filled = tf.concat([views, tf.fill([missing, self.size, self.size, 3], 128.0)], axis=0)
+        x = (filled - self._mean) / self._std
         stats = [tf.convert_to_tensor(v) for v in self._stats]
         features, _ = self._backbone.stateless_call(list(self._parameters), stats, x, training=False)
-        return tf.math.l2_normalize(tf.cast(features, tf.float32), axis=1)
+        return tf.math.l2_normalize(tf.cast(features, tf.float32), axis=1)[: tf.shape(views)[0]]
 
     def stored(self, image_bytes: tf.Tensor) -> tf.Tensor:
         """string[N] -> string[N], the stored images as PNG, through the Transform graph."""

@@ -21,6 +21,7 @@ from trainer_module.shuffle import shuffle_keys
 from trainer_module.views import view_pair
 
 MANIFEST = "views.json"
+PROBES = 64  # images beside the views on which the published model is compared with the trainer's own network
 SHUFFLE_BUFFER = 8192  # images at the most
 SHUFFLE_BYTES = 1 << 30  # of their records at the most
 

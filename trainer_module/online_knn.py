@@ -10,6 +10,7 @@ import functools
 import json
 import posixpath
 from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
 
 import keras
 import numpy as np
@@ -24,6 +25,8 @@ from trainer_module.input import MANIFEST
 from trainer_module.knn import knn_top1
 
 BATCH = 256  # images embedded at once
+
+T = TypeVar("T")
 
 # uint8[N, size, size, 3] -> unit features float32[N, D]
 Embed = Callable[[NDArray[np.uint8]], NDArray[np.float32]]
@@ -60,15 +63,21 @@ def open_sample(split_dir: str) -> Sample | None:
         manifest = json.load(file)
     paths: dict[str, list[str]] = {"train": [], "eval": []}
     for entry in manifest.get("watch", ()):
-        path = posixpath.join(root, entry["name"])
-        _check_file(path, entry["bytes"])
-        paths[entry["split"]].append(path)
+        if entry["split"] in paths:
+            path = posixpath.join(root, entry["name"])
+            check_file(path, entry["bytes"])
+            paths[entry["split"]].append(path)
     if not all(paths.values()):
         return None
     return Sample(tuple(sorted(paths["train"])), tuple(sorted(paths["eval"])), manifest["size"])
 
 
-def _check_file(path: str, size: int) -> None:
+def check_file(path: str, size: int) -> None:
+    """Refuses a file beside the views that is not as the manifest has it.
+
+    Raises:
+        UserError: it is missing or truncated.
+    """
     try:
         found = tf.io.gfile.stat(path).length
     except tf.errors.NotFoundError:
@@ -95,8 +104,8 @@ def backbone_embedder(
         query_stats: its BN statistics, in the order of encoder.model.non_trainable_variables.
         mean, std: per channel, in the units of the pixels.
     """
-    parameters = _part(query, encoder.model.trainable_variables, encoder.backbone.trainable_variables)
-    stats = _part(query_stats, encoder.model.non_trainable_variables, encoder.backbone.non_trainable_variables)
+    parameters = part_of(query, encoder.model.trainable_variables, encoder.backbone.trainable_variables)
+    stats = part_of(query_stats, encoder.model.non_trainable_variables, encoder.backbone.non_trainable_variables)
     share = -(-BATCH // strategy.num_replicas_in_sync)
 
     def replica_features(views: tf.Tensor) -> tf.Tensor:
@@ -129,9 +138,7 @@ def _share_of(images: NDArray[np.uint8], share: int, context: tf.distribute.expe
     return tf.constant(images[start : start + share])
 
 
-def _part(
-    values: Sequence[tf.Variable], whole: Sequence[keras.Variable], part: Sequence[keras.Variable]
-) -> list[tf.Variable]:
+def part_of(values: Sequence[T], whole: Sequence[keras.Variable], part: Sequence[keras.Variable]) -> list[T]:
     """Of the values that stand for a model's variables, those of a part of it."""
     places = {id(variable): place for place, variable in enumerate(whole)}
     return [values[places[id(variable)]] for variable in part]

@@ -15,6 +15,8 @@ from trainer_module.alarms import Kind
 from trainer_module.build import build
 from trainer_module.config import AugmentConfig, EncoderConfig, ImageConfig, KeyBnMode, TrainConfig, is_operational
 from trainer_module.driver import Driver, learning_rate, train
+from trainer_module.expected import FILE as EXPECTED_FILE
+from trainer_module.expected import host_embedder, write_expected
 from trainer_module.export import ENCODED, EncoderModule, EvaluationModule, save_encoder, save_evaluation
 from trainer_module.images import check_channel_statistics, eval_resize
 from trainer_module.input import Source, damage_named, dataset_from, open_source, steps_per_epoch
@@ -75,8 +77,8 @@ def run_fn(fn_args: Any) -> None:
     Args:
         fn_args: tfx.components.FnArgs. train_files holds the pattern of ViewAugmenter's train split, transform_output
             the Transform graph, custom_config an Experiment. Writes serving_model_dir (the published encoder),
-            eval_model_dir (for the Evaluator), and into model_run_dir curves, training.json, and both encoders and
-            the queue in MoCo's PyTorch names.
+            eval_model_dir (for the Evaluator), and into model_run_dir curves, training.json, the embeddings that the
+            published encoder must give, and both encoders and the queue in MoCo's PyTorch names.
 
     Raises:
         UserError: see trainer_module.input and trainer_module.driver.
@@ -125,7 +127,11 @@ def run_fn(fn_args: Any) -> None:
     save_evaluation(EvaluationModule(trained, untrained, experiment.augment, leak), fn_args.eval_model_dir)
     facts = {"dim": encoder.backbone.output_shape[-1], "layer": "backbone", **statistics._asdict()}
     save_encoder(trained, facts, fn_args.serving_model_dir)
-    write_tensors(posixpath.join(fn_args.model_run_dir, MOCO_FILE), moco_tensors(encoder.model, driver.state()))
+    state = driver.state()
+    embed = host_embedder(encoder, state.query, state.query_stats, *statistics)
+    expected = posixpath.join(fn_args.model_run_dir, EXPECTED_FILE)
+    write_expected(split_dir, embed, experiment.image, experiment.augment, expected)
+    write_tensors(posixpath.join(fn_args.model_run_dir, MOCO_FILE), moco_tensors(encoder.model, state))
     _write_result(result, strategy, fn_args.model_run_dir)
 
 

@@ -312,7 +312,6 @@ class _ThreadedDoFn(beam.DoFn):
     def setup(self) -> None:
         """Starts the threads of this worker."""
         self._pool = concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1))
-        self._reader = sources.Reader()
         self._ticker = _Ticker(self._task())
 
     def teardown(self) -> None:
@@ -405,21 +404,25 @@ class FirstCopy(beam.CombineFn):
     Output: (packed Ref, number of copies, whether copies differ in their labels).
     """
 
-    def create_accumulator(self) -> tuple[str, int, bool] | None:  # noqa: D102
+    def create_accumulator(self) -> tuple[str, int, bool] | None:
+        """Nothing yet."""
         return None
 
-    def add_input(self, accumulator: tuple[str, int, bool] | None, ref: str) -> tuple[str, int, bool]:  # noqa: D102
+    def add_input(self, accumulator: tuple[str, int, bool] | None, ref: str) -> tuple[str, int, bool]:
+        """One reference more."""
         one = (ref, 1, False)
         return one if accumulator is None else self._merge(accumulator, one)
 
-    def merge_accumulators(self, accumulators: Iterable[Any]) -> tuple[str, int, bool] | None:  # noqa: D102
+    def merge_accumulators(self, accumulators: Iterable[Any]) -> tuple[str, int, bool] | None:
+        """What several have found."""
         merged = None
         for one in accumulators:
             if one is not None:
                 merged = one if merged is None else self._merge(merged, one)
         return merged
 
-    def extract_output(self, accumulator: tuple[str, int, bool] | None) -> tuple[str, int, bool] | None:  # noqa: D102
+    def extract_output(self, accumulator: tuple[str, int, bool] | None) -> tuple[str, int, bool] | None:
+        """As it is."""
         return accumulator
 
     @staticmethod
@@ -468,7 +471,7 @@ class WriteShard(_ThreadedDoFn):
         """(record, bytes, label, None) of a good image, (None, 0, None, row) of a bad one."""
         sha, ref = member[0].hex(), unpack_ref(member[1])
         try:
-            data = self._reader.read(ref)
+            data = sources.read_ref(ref)
             if codec.sha256(data) != sha:
                 raise OSError("it changed while the images were read; run again")
             hashed = self._job.config.near_duplicates is not NearDuplicates.off

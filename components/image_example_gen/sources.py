@@ -269,37 +269,33 @@ def printable(name: str) -> str:
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace").replace("\0", "\\0")
 
 
-class Reader:
-    """Reads references, in any order and from many threads."""
+def read_ref(ref: Ref) -> bytes:
+    """Returns the bytes of an image; references may be read in any order and by many threads.
 
-    def __init__(self) -> None:
-        self._gcs: Any = None
+    Raises:
+        OSError: the file cannot be read, or has become shorter.
+        UserError: no answer from a bucket.
+    """
+    data = _range(ref)
+    if len(data) != ref.size:
+        raise OSError(f"only {len(data)} of {ref.size} bytes are left")
+    return data
 
-    def read(self, ref: Ref) -> bytes:
-        """Returns the bytes of an image.
 
-        Raises:
-            OSError: the file cannot be read, or has become shorter.
-        """
-        data = self._range(ref)
-        if len(data) != ref.size:
-            raise OSError(f"only {len(data)} of {ref.size} bytes are left")
-        return data
-
-    def _range(self, ref: Ref) -> bytes:
-        if ref.file.startswith("gs://"):
-            # Beam would read 16 MiB ahead, for an image of a few KiB within a shard.
-            self._gcs = self._gcs or buckets.client()
-            return buckets.read(self._gcs, ref.file, ref.offset, ref.size)
-        with open_file(ref.file) as stream:
-            stream.seek(ref.offset)
-            return stream.read(ref.size)
+def _range(ref: Ref) -> bytes:
+    if ref.file.startswith("gs://"):
+        return buckets.read(ref.file, ref.offset, ref.size)
+    with open_file(ref.file) as stream:
+        stream.seek(ref.offset)
+        return stream.read(ref.size)
 
 
 def open_file(path: str) -> BinaryIO:
     """Opens a file as it is, compressed or not, for reading with seeks."""
     if not is_remote(path):
         return open(path, "rb")
+    if path.startswith("gs://"):
+        return buckets.open_object(path)
     from apache_beam.io.filesystem import CompressionTypes
     from apache_beam.io.filesystems import FileSystems
 
@@ -373,27 +369,33 @@ def _local_file(path: str, relative: str) -> File:
 
 
 def _list_remote(src: str) -> Iterator[File]:
-    """Lists files of a bucket through Beam's FileSystems."""
+    """Lists files of a bucket."""
+    src = src.rstrip("/")
+    found = {found.path: found for found in (buckets.find(src) if src.startswith("gs://") else _find_by_beam(src))}
+    if not found:
+        raise UserError(f"--images: there is nothing at {src}; check the bucket and the path")
+    is_one_file = src in found and not _WILDCARD.search(src)
+    base = src.rpartition("/")[0] if is_one_file else _fixed_part(src)
+    for path, size, changed in found.values():
+        relative = path[len(base) + 1 :]
+        if not any(_is_ignored(part) for part in relative.split("/")):
+            yield File(path, relative, size, changed)
+
+
+def _find_by_beam(src: str) -> Iterator[buckets.Object]:
+    """As `buckets.find`, for the other file systems that Beam knows."""
     from apache_beam.io.filesystem import BeamIOError
     from apache_beam.io.filesystems import FileSystems
 
-    src = src.rstrip("/")
     try:
-        in_bucket = "/" in src.partition("://")[2]
-        patterns = [src, f"{src}/**"] if in_bucket else [f"{src}/**"]
-        matches = {match.pattern: match.metadata_list for match in FileSystems.match(patterns)}
+        for listed in FileSystems.match([src, f"{src}/**"] if "/" in src.partition("://")[2] else [f"{src}/**"]):
+            for found in listed.metadata_list:
+                if not found.path.endswith("/"):
+                    changed = int((found.last_updated_in_seconds or 0) * 1000)
+                    yield buckets.Object(found.path, found.size_in_bytes, changed)
     except (BeamIOError, ValueError, ImportError) as error:
         text = f"--images: {src} cannot be listed ({_describe(error)})"
         raise UserError(f"{text}; check the name, and that your credentials may read it") from error
-    is_one_file = bool(matches.get(src)) and not _WILDCARD.search(src)
-    base = src.rpartition("/")[0] if is_one_file else _fixed_part(src)
-    found = {found.path: found for listed in matches.values() for found in listed if not found.path.endswith("/")}
-    if not found:
-        raise UserError(f"--images: there is nothing at {src}; check the bucket and the path")
-    for path, metadata in found.items():
-        relative = path[len(base) + 1 :]
-        if not any(_is_ignored(part) for part in relative.split("/")):
-            yield File(path, relative, metadata.size_in_bytes, int((metadata.last_updated_in_seconds or 0) * 1000))
 
 
 def _fixed_part(src: str) -> str:
@@ -426,9 +428,15 @@ def _read_image(file: File, config: IngestConfig) -> Item:
         return Skipped(file.relative)
     if too_long := _too_long(file.relative, file.size, config):
         return too_long
-    with open_file(file.path) as stream:
-        data = stream.read()
+    data = _read_whole(file.path)
     return Found(Ref(file.path, 0, len(data), file.relative, _folder_label(file.relative, config)), data)
+
+
+def _read_whole(path: str) -> bytes:
+    if path.startswith("gs://"):
+        return buckets.read_all(path)
+    with open_file(path) as stream:
+        return stream.read()
 
 
 def _too_long(path: str, size: int, config: IngestConfig) -> Bad | None:

@@ -11,13 +11,16 @@ from tfx.components.pusher import executor
 from tfx.dsl.io import fileio
 from tfx.proto import pusher_pb2
 from tfx.types import artifact_utils, standard_component_specs
-from tfx.utils import io_utils, proto_utils
+from tfx.utils import io_utils, json_utils, proto_utils
 
 from components.model_card.card import JSON_FILE, MARKDOWN_FILE, PAGE_FILE
 from components.pusher import publish
 from components.pusher.pointer import CARD_FILE, DIGEST
+from trainer_module import progress
+from trainer_module.errors import UserError
 
 MODEL_CARD = "model_card"  # key of the input
+KEEP = "keep"  # key of custom_config: versions that stay, see components.pusher.config; 0 or absent for all
 
 
 class Executor(executor.Executor):
@@ -54,8 +57,24 @@ class Executor(executor.Executor):
         cards = input_dict.get(MODEL_CARD)
         card_uri = artifact_utils.get_single_uri(cards) if cards else None
         _write_card(pushed_model.uri, _digest(model_path), card_uri)
-        destination = push(pushed_model.uri, _base_directory(exec_properties))
+        base = _base_directory(exec_properties)
+        destination = push(pushed_model.uri, base)
+        _keep(base, _custom_config(exec_properties).get(KEEP, 0))
         self._MarkPushed(pushed_model, pushed_destination=destination, pushed_version=os.path.basename(destination))
+
+
+def _custom_config(exec_properties: dict[str, Any]) -> dict[str, Any]:
+    return json_utils.loads(exec_properties.get(standard_component_specs.CUSTOM_CONFIG_KEY) or "null") or {}
+
+
+def _keep(base: str, count: int) -> None:
+    """Removes older versions; that this cannot be done does not undo the publication, and is noted."""
+    if not count:
+        return
+    try:
+        publish.keep(publish.place(base), count)
+    except UserError as error:
+        progress.note(f"older versions were not removed: {error}")
 
 
 def _write_card(model_path: str, digest: str, card_uri: str | None) -> None:

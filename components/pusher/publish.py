@@ -7,6 +7,7 @@ one in service; see `components.pusher.pointer`. Readers ask `resolve` or `local
 import contextlib
 import dataclasses
 import os
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
@@ -23,19 +24,44 @@ class Place(Protocol):
     """What `Directory` and `Bucket` have in common; see there."""
 
     @property
-    def base(self) -> str: ...  # noqa: D102
-    def path(self, version: str) -> str: ...  # noqa: D102
-    def read(self) -> Pointer: ...  # noqa: D102
-    def update(self, change: Callable[[Pointer], Pointer]) -> Pointer: ...  # noqa: D102
-    def look(self) -> Survey: ...  # noqa: D102
-    def card(self, version: str) -> dict: ...  # noqa: D102
-    def sweep(self) -> Survey: ...  # noqa: D102
-    def stage(self, model_path: str, seen: Survey) -> str: ...  # noqa: D102
-    def commit(self, event: Event, seen: Survey) -> None: ...  # noqa: D102
-    def discard(self, version: str) -> None: ...  # noqa: D102
-    def remove(self, versions: Sequence[str]) -> None: ...  # noqa: D102
-    def local_copy(self, version: str) -> contextlib.AbstractContextManager[str]: ...  # noqa: D102
-    def errors_told(self) -> contextlib.AbstractContextManager[None]: ...  # noqa: D102
+    def base(self) -> str:
+        """The directory, or gs://BUCKET/PATH."""
+
+    def path(self, version: str) -> str:
+        """Of a version."""
+
+    def read(self) -> Pointer:
+        """The pointer; an empty one where none was written."""
+
+    def update(self, change: Callable[[Pointer], Pointer]) -> Pointer:
+        """Changes the pointer in one step, and returns the new one."""
+
+    def look(self) -> Survey:
+        """What is there."""
+
+    def card(self, version: str) -> dict:
+        """What a version's card says."""
+
+    def sweep(self) -> Survey:
+        """Removes what killed publishers left, and tells what is there."""
+
+    def stage(self, model_path: str, seen: Survey) -> str:
+        """Copies a model to a new version, which is not in service yet."""
+
+    def commit(self, event: Event, seen: Survey) -> None:
+        """Puts a staged version in service."""
+
+    def discard(self, version: str) -> None:
+        """Gives a staged version up."""
+
+    def remove(self, versions: Sequence[str]) -> None:
+        """Removes versions that are given up in the pointer."""
+
+    def local_copy(self, version: str) -> contextlib.AbstractContextManager[str]:
+        """A folder on this machine with a version, for the time of the context."""
+
+    def errors_told(self) -> contextlib.AbstractContextManager[None]:
+        """Says in one line what keeps the place from being used."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +101,35 @@ def place(base: str, transfer: Any = None) -> Place:
     if "://" in base:
         raise UserError(f"{base}: models are published to a directory or to gs://BUCKET/PATH; name one of these")
     return Directory(base)
+
+
+def check(base: str, what: str, transfer: Any = None) -> None:
+    """Refuses a place to which nothing can be published, as far as that can be told without publishing.
+
+    Args:
+        base: a directory, or gs://BUCKET/PATH, which is asked once.
+        what: how a message begins.
+        transfer: as of `place`.
+
+    Raises:
+        UserError: it is of another kind, a file, read-only, or a bucket that is missing or may not be listed.
+    """
+    try:
+        at = place(base, transfer)
+        if not isinstance(at, Directory):
+            versions(at)
+    except UserError as error:
+        raise UserError(f"{what}: {error}") from error
+    if isinstance(at, Directory):
+        there = os.path.abspath(at.base)
+        while not os.path.lexists(there):
+            there = os.path.dirname(there)
+        if not os.path.isdir(there):
+            raise UserError(f"{what}: {there} is a file; name a directory")
+        try:
+            os.rmdir(tempfile.mkdtemp(prefix=".moco-", dir=there))
+        except OSError as error:
+            raise UserError(f"{what}: {there} cannot be written ({error.strerror}); name another directory") from error
 
 
 def publish(model_path: str, to: Place) -> str:
@@ -129,6 +184,16 @@ def resolve(base: str) -> str:
     """
     at, version = _model_at(base)
     return at.path(version)
+
+
+def whole(at: Place) -> list[str]:
+    """The numbers of the versions that could be in service, lowest first.
+
+    Raises:
+        UserError: the place cannot be read.
+    """
+    with at.errors_told():
+        return at.look().whole
 
 
 def versions(at: Place) -> list[Listed]:

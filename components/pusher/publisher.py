@@ -27,7 +27,8 @@ class Publisher:
     process: int
     id: str
 
-    def __str__(self) -> str:  # noqa: D105
+    def __str__(self) -> str:
+        """For people: the machine and the process."""
         return f"{self.host}, process {self.process}"
 
     def to_json(self) -> str:

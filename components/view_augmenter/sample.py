@@ -1,13 +1,17 @@
-"""The labelled images that the trainer's online kNN looks at, stored as centre views beside the views.
+"""The few images that are looked at beside the views: the online kNN's sample, and probes of the published model.
 
-An image belongs to the sample when its SHA-256 is below a bound, which each shard tells for itself: nothing is
-shuffled, and the sample is the same on any runner. The bound is chosen so that about as many images as wanted are
-below it; the trainer takes the lowest of them.
+The sample is labelled and stored as centre views. The probes are encoded images of the eval split, labelled or not, of
+which the trainer notes the embeddings that the published model must give.
+
+An image belongs to either when its SHA-256 is below a bound, which each shard tells for itself: nothing is shuffled,
+and the choice is the same on any runner. The bound is chosen so that about as many images as wanted are below it; the
+lowest of them are taken.
 """
 
 import dataclasses
 import uuid
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import apache_beam as beam
 import tensorflow as tf
@@ -16,15 +20,17 @@ from apache_beam.io.filesystems import FileSystems
 from components.view_augmenter.files import Shard, compression, serialise
 from trainer_module.config import AugmentConfig, ImageConfig, SampleConfig
 from trainer_module.images import centre_view, eval_resize, stored_image, to_uint8
+from trainer_module.input import PROBES
 
 SPLITS = ("train", "eval")
 _FOLDER = "watch"  # beside the splits
+_PROBE = "probe"
 _MARGIN = 4.0  # standard deviations of the number of images below a bound
 
 
 @dataclasses.dataclass(frozen=True)
 class SampleJob:
-    """What decides the sample; travels to the workers.
+    """What decides sample and probes; travels to the workers.
 
     Attributes:
         uri: root of the views artifact.
@@ -52,7 +58,13 @@ class SampleJob:
 
     def bound(self, split: str) -> float:
         """The share of all hashes that are in the sample."""
-        limit = self.limit(split)
+        return self._bound(split, self.limit(split))
+
+    def probe_bound(self, split: str) -> float:
+        """The share of all hashes that may be probes: of the eval split, or of the train split where that is empty."""
+        return self._bound(split, PROBES) if split == ("eval" if self.images["eval"] else "train") else 0.0
+
+    def _bound(self, split: str, limit: int) -> float:
         return (limit + _MARGIN * limit**0.5) / max(1, self.images[split])
 
     def bytes(self) -> int:
@@ -63,7 +75,10 @@ class SampleJob:
 
 @dataclasses.dataclass(frozen=True)
 class SampleFile:
-    """A finished record file, as the manifest lists it; the name is relative to the artifact's root."""
+    """A finished record file, as the manifest lists it; the name is relative to the artifact's root.
+
+    The split of the probes' file is "probe".
+    """
 
     split: str
     name: str
@@ -80,11 +95,21 @@ class TakeSample(beam.PTransform):
 
     def expand(self, shards: beam.PCollection) -> beam.PCollection:
         """Spreads the shards over the workers and maps each."""
-        return shards | "Spread" >> beam.Reshuffle() | "Write" >> beam.ParDo(TakeSampleFn(self._job))
+        function = beam.ParDo(TakeSampleFn(self._job)).with_outputs(_PROBE, main="files")
+        taken = shards | "Spread" >> beam.Reshuffle() | "Write" >> function
+        probes = (
+            taken[_PROBE]
+            | "LowestProbes" >> beam.combiners.Top.Smallest(PROBES)
+            | "WriteProbes" >> beam.FlatMap(_write_probes, self._job)
+        )
+        return (taken.files, probes) | "AllFiles" >> beam.Flatten()
 
 
 class TakeSampleFn(beam.DoFn):
-    """Writes the sample's images of one shard; a bundle may be retried, or run twice at once."""
+    """Writes the sample's images of one shard, and passes its probes on; a bundle may be retried, or run twice at once.
+
+    Main output: SampleFile. Tagged `probe`: (hex SHA-256, encoded image).
+    """
 
     def __init__(self, job: SampleJob):
         self._job = job
@@ -93,27 +118,49 @@ class TakeSampleFn(beam.DoFn):
         """Traces the graph once for all shards of this worker."""
         self._view = _view_function(self._job)
 
-    def process(self, element: tuple[str, Shard]) -> Iterable[SampleFile]:
+    def process(self, element: tuple[str, Shard]) -> Iterable[Any]:
         """Writes the file of one shard, in the shard's order."""
         split, shard = element
-        name, part, count = f"{_FOLDER}/{split}-{shard.suffix}", f"{self._job.scratch}/{uuid.uuid4().hex}", 0
+        part, count = f"{self._job.scratch}/{uuid.uuid4().hex}", 0
         with tf.io.TFRecordWriter(part) as writer:
-            for record in self._records(split, shard.path):
-                writer.write(record)
-                count += 1
+            for sha, encoded, label in _images(shard.path):
+                if label and _is_below(sha, self._job.bound(split)):
+                    view = self._view(tf.constant(encoded)).numpy().tobytes()
+                    writer.write(serialise({"id": sha, "image": view, "label": label}))
+                    count += 1
+                if _is_below(sha, self._job.probe_bound(split)):
+                    yield beam.pvalue.TaggedOutput(_PROBE, (sha, encoded))
         if count:
-            size = tf.io.gfile.stat(part).length
-            FileSystems.rename([part], [f"{self._job.uri}/{name}"])
-            yield SampleFile(split, name, count, size)
+            yield _publish(self._job, part, split, shard.suffix, count)
 
-    def _records(self, split: str, path: str) -> Iterator[bytes]:
-        bound = self._job.bound(split)
-        for record in tf.data.TFRecordDataset(path, compression(path)).as_numpy_iterator():
-            features = tf.train.Example.FromString(record).features.feature
-            label, sha = features["image/label"].bytes_list.value, features["image/sha256"].bytes_list.value[0]
-            if label and int(sha, 16) < bound * 2.0**256:
-                view = self._view(tf.constant(features["image/encoded"].bytes_list.value[0]))
-                yield serialise({"id": sha, "image": view.numpy().tobytes(), "label": label[0]})
+
+def _images(path: str) -> Iterator[tuple[bytes, bytes, bytes]]:
+    """Hex SHA-256, encoded image and label of each ingested record; an empty label where it has none."""
+    for record in tf.data.TFRecordDataset(path, compression(path)).as_numpy_iterator():
+        features = tf.train.Example.FromString(record).features.feature
+        sha, encoded = (features[name].bytes_list.value[0] for name in ("image/sha256", "image/encoded"))
+        yield sha, encoded, b"".join(features["image/label"].bytes_list.value[:1])
+
+
+def _is_below(sha: bytes, bound: float) -> bool:
+    return int(sha, 16) < bound * 2.0**256
+
+
+def _write_probes(probes: list[tuple[bytes, bytes]], job: SampleJob) -> Iterator[SampleFile]:
+    """One file of all probes, lowest hash first; none where there are no images."""
+    part = f"{job.scratch}/{uuid.uuid4().hex}"
+    with tf.io.TFRecordWriter(part) as writer:
+        for sha, encoded in probes:
+            writer.write(serialise({"id": sha, "encoded": encoded}))
+    if probes:
+        yield _publish(job, part, _PROBE, "00000-of-00001.tfrecord", len(probes))
+
+
+def _publish(job: SampleJob, part: str, split: str, suffix: str, records: int) -> SampleFile:
+    """Gives a finished file its name."""
+    name, size = f"{_FOLDER}/{split}-{suffix}", tf.io.gfile.stat(part).length
+    FileSystems.rename([part], [f"{job.uri}/{name}"])
+    return SampleFile(split, name, records, size)
 
 
 def _view_function(job: SampleJob) -> tf.types.experimental.ConcreteFunction:

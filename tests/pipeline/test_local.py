@@ -44,7 +44,7 @@ SETTINGS = (
 UPSTREAM = {
     "ImageExampleGen", "StatisticsGen", "SchemaGen", "ExampleValidator", "Transform", "ViewAugmenter"
 }  # fmt: skip
-COMPONENTS = UPSTREAM | {"Trainer", "Evaluator", "Pusher"}
+COMPONENTS = UPSTREAM | {"Trainer", "Evaluator", "ServingCheck", "Pusher"}
 
 
 def settings(*more):
@@ -91,6 +91,7 @@ SIGNS = {
     "ViewAugmenter": "artifacts/ViewAugmenter/views/*/*",
     "Trainer": "checkpoints/step-*.index",
     "Evaluator": "artifacts/Evaluator/evaluation/*",
+    "ServingCheck": "artifacts/ServingCheck/blessing/*",
     "Pusher": "artifacts/Pusher/pushed_model/*/*",
 }
 
@@ -153,7 +154,7 @@ def test_a_finished_training_leaves_no_checkpoints_even_if_a_later_stage_was_kil
 
 def test_the_same_command_continues_a_killed_run_without_redoing_finished_stages(first, workdir):
     result = result_of(workdir)
-    assert set(result["cached"]) == UPSTREAM | {"Trainer", "Evaluator"}
+    assert set(result["cached"]) == COMPONENTS - {"Pusher"}
     assert len(list((workdir / "serving" / "encoder").glob("[0-9]*"))) == 1
     (training,) = workdir.glob("artifacts/Trainer/model_run/*/training.json")
     assert json.loads(training.read_text())["resumed_from"] > 0
@@ -199,6 +200,7 @@ def test_every_component_leaves_its_artifact(first, workdir):
         "Trainer/model_run/*/train/events.*",
         "Evaluator/evaluation/*/metrics*",
         "Evaluator/blessing/*/BLESSED",
+        "ServingCheck/blessing/*/INFRA_BLESSED",
         "Pusher/pushed_model/*/saved_model.pb",
     ):
         assert list(artifacts.glob(pattern)), pattern
@@ -245,6 +247,17 @@ assert not {"tfx", "apache_beam", "tensorflow_transform", "pipeline", "component
     assert done.returncode == 0, done.stderr
 
 
+def test_the_pushed_encoder_is_the_one_that_was_checked_with_its_warm_up(first, workdir):
+    result = result_of(workdir)
+    serving = result["serving"]
+    assert serving["reasons"] == []
+    assert (serving["signatures"], serving["images"]) == (3, 216)
+    assert max(serving["off_trainer"], serving["off_batch"], serving["off_unit_length"]) < 1e-5
+    assert Path(result["pushed_model"], "assets.extra", "tf_serving_warmup_requests").stat().st_size > 1000
+    (model,) = workdir.glob("artifacts/Trainer/model/*/Format-Serving")
+    assert not (model / "assets.extra" / "tf_serving_warmup_requests").exists()
+
+
 def test_a_second_run_takes_everything_from_the_cache_and_says_so(first, images, workdir, capsys):
     before = result_of(workdir)
     assert local.run(settings(), str(images), workdir) == 0
@@ -266,26 +279,32 @@ def test_a_version_that_was_deleted_is_published_again(first, images, workdir):
 
 
 def test_another_training_setting_reads_no_image_again_and_is_compared_with_the_last_blessed(first, images, workdir):
-    changed = settings("train.epochs=3", "evaluate.tolerance=1.0")
+    elsewhere = workdir / "published" / "encoder"
+    changed = settings("train.epochs=3", "evaluate.tolerance=1.0", f"publish.to={elsewhere}")
     assert local.run(changed, str(images), workdir) == 0
     result = result_of(workdir)
     assert set(result["cached"]) == UPSTREAM
     blessings = store_of(workdir).get_artifacts_by_type("ModelBlessing")
     assert any("baseline_model_id" in artifact.custom_properties for artifact in blessings)
-    assert len(list((workdir / "serving" / "encoder").glob("[0-9]*"))) == 2
+    assert len(list((workdir / "serving" / "encoder").glob("[0-9]*"))) == 1
+    assert [str(path) for path in elsewhere.glob("[0-9]*")] == [result["pushed_model"]]
 
 
 def test_a_worse_model_than_the_last_blessed_is_not_pushed_and_fails_only_where_a_blessing_is_required(
-    first, images, workdir
+    first, images, workdir, capsys
 ):
-    # One more than the largest gain there is: no model can pass.
-    strict = settings("train.epochs=1", "evaluate.min_gain=1.0")
+    # One more than the largest gain there is, and less time than any call takes: no model can pass either.
+    strict = settings("train.epochs=1", "evaluate.min_gain=1.0", "serving_check.max_latency_ms=0.0001")
     versions = sorted((workdir / "serving" / "encoder").glob("[0-9]*"))
     assert local.run(strict, str(images), workdir) == 0
     assert local.run(strict, str(images), workdir, require_blessing=True) == 1
     result = result_of(workdir)
     assert (result["status"], result["blessed"], result["pushed_model"]) == ("not_blessed", False, None)
     assert sorted((workdir / "serving" / "encoder").glob("[0-9]*")) == versions
+    out = capsys.readouterr().out
+    reason = r"serving_default: one image takes .* ms \(p95\), above serving_check\.max_latency_ms=0\.0001"
+    assert re.search(rf"^ServingCheck +not blessed: {reason}", out, re.MULTILINE)
+    assert re.search(rf"^blessed   no: .*; cannot be served: {reason}", out, re.MULTILINE)
 
 
 def test_unlabelled_images_run_to_the_end_with_label_metrics_null(sample_images, tmp_path):

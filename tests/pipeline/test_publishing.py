@@ -9,7 +9,7 @@ import faulty_storage
 import pytest
 
 from components.pusher import publish
-from pipeline import cli
+from pipeline import cli, config
 
 ROOT = Path(__file__).parents[2]
 
@@ -120,3 +120,66 @@ def test_a_full_disk_is_told_and_the_old_version_stays(capsys, model, tmp_path):
     assert done.stderr.count("\n") == 1
     assert publish.resolve(str(serving)) == before
     assert [name for name in os.listdir(serving) if name.startswith(".pushing")] == []
+
+
+# ./moco run: the setting publish.to, before anything runs.
+
+
+@pytest.fixture
+def run_refused(capsys: pytest.CaptureFixture, tmp_path: Path, sample_tars: list[Path]):
+    """The one line by which a run is refused; nothing may have been made then."""
+
+    def run(*settings: str) -> str:
+        chosen = [word for setting in settings for word in ("--set", setting)]
+        images, workdir = str(sample_tars[0]), tmp_path / "work"
+        assert cli.main(["run", "--images", images, "--workdir", str(workdir), "--config", "demo", *chosen]) == 2
+        captured = capsys.readouterr()
+        assert captured.err.count("\n") == 1
+        assert not workdir.exists()
+        return captured.err
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("to", "words"),
+    [
+        ("s3://bucket/x", "is neither a directory nor gs://BUCKET/PATH; e.g. publish.to=gs://bucket/x"),
+        ("gs:/bucket/x", "is neither a directory nor gs://BUCKET/PATH; e.g. publish.to=gs://bucket/x"),
+        ("gs://no such/x", "cannot be the name of a bucket"),
+        ("{tmp}/file", "/file is a file; name a directory"),
+        ("{tmp}/file/below", "/file is a file; name a directory"),
+        ("/proc/encoder", "/proc cannot be written ("),
+    ],
+)
+def test_a_destination_that_cannot_be_is_refused_before_a_run_begins(run_refused, tmp_path, to, words):
+    (tmp_path / "file").touch()
+    line = run_refused(f"publish.to={to.format(tmp=tmp_path)}")
+    assert line.startswith("moco: publish.to=")
+    assert words in line
+
+
+def test_a_bucket_that_is_missing_or_forbidden_is_refused_before_a_run_begins(run_refused, monkeypatch):
+    def forbid(number: int, request: faulty_storage.Request) -> faulty_storage.Answer:
+        return faulty_storage.refusal(403, "forbidden", "no storage.objects.list access")
+
+    with faulty_storage.storage() as storage:
+        for plan, base, words in (
+            (faulty_storage.no_faults, "gs://another/x", "there is no bucket gs://another"),
+            (forbid, "gs://models/x", "your credentials do not allow that"),
+        ):
+            with faulty_storage.proxy(storage, plan) as proxy:
+                monkeypatch.setenv("STORAGE_EMULATOR_HOST", faulty_storage.url(proxy))
+                assert words in run_refused(f"publish.to={base}")
+
+
+def test_a_relative_destination_is_meant_from_the_present_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/somebody")
+    for typed_as, meant in (
+        ("encoders/birds", str(tmp_path / "encoders" / "birds")),
+        ("~/encoders", "/home/somebody/encoders"),
+        ("gs://bucket/x", "gs://bucket/x"),
+        ("''", ""),
+    ):
+        assert config.resolved(config.load("demo", [f"publish.to={typed_as}"])).publish.to == meant

@@ -8,10 +8,13 @@ import pathlib
 import random
 import shutil
 import tarfile
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import faulty_storage
 import pytest
 import tensorflow as tf
+from faulty_storage import Fault
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -21,7 +24,7 @@ from tfx.types import standard_artifacts
 from tfx.utils import proto_utils
 
 from components import disk
-from components.image_example_gen import codec, component, executor, near_duplicates, sources
+from components.image_example_gen import buckets, codec, component, executor, near_duplicates, sources
 from components.image_example_gen.component import ImageExampleGen
 from components.image_example_gen.config import IngestConfig, Labels, NearDuplicates
 from trainer_module.errors import UserError
@@ -155,6 +158,60 @@ def test_a_bucket_is_ingested_into_the_same_bytes_as_the_same_folder_on_disk(
     ingest("gs://pictures/set", tmp_path / "from bucket", ("--no_auth",))
     assert content(tmp_path / "from bucket") == content(tmp_path / "from disk")
     assert counts(tmp_path / "from bucket")["quarantined"] == 1
+
+
+@pytest.fixture(scope="module")
+def shaky() -> Iterator[faulty_storage.Storage]:
+    """A bucket with 20 pictures, which is reached through proxies."""
+    with faulty_storage.storage("pictures") as made:
+        with faulty_storage.proxy(made) as proxy, pytest.MonkeyPatch.context() as patch:
+            patch.setenv("STORAGE_EMULATOR_HOST", faulty_storage.url(proxy))
+            for name, data in sample(20).items():
+                buckets.client().bucket("pictures").blob(f"set/{name}").upload_from_string(data)
+        yield made
+
+
+@pytest.fixture
+def ingest_through(
+    shaky: faulty_storage.Storage, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[faulty_storage.Plan, pathlib.Path], int]:
+    """Ingests the bucket through a plan; gives the number of requests."""
+    monkeypatch.setattr(buckets, "PATIENCE", buckets.Patience(timeout=5.0, total=20.0, pause=0.01))
+
+    def run(plan: faulty_storage.Plan, uri: pathlib.Path) -> int:
+        with faulty_storage.proxy(shaky, plan) as proxy:
+            monkeypatch.setenv("STORAGE_EMULATOR_HOST", faulty_storage.url(proxy))
+            ingest("gs://pictures/set", uri)
+            return len(proxy.requests)
+
+    return run
+
+
+def test_faults_of_a_bucket_now_and_then_change_no_byte_of_what_is_ingested(
+    ingest_through: Callable[[faulty_storage.Plan, pathlib.Path], int], tmp_path: pathlib.Path
+) -> None:
+    kinds = (Fault.answer_cut, Fault.unavailable, Fault.answer_lost, Fault.answer_slow)
+    requests = ingest_through(faulty_storage.no_faults, tmp_path / "whole")
+    ingest_through(lambda number, _: kinds[number // 3 % 4] if number % 3 == 1 else None, tmp_path / "shaken")
+    assert requests > 40
+    assert content(tmp_path / "shaken") == content(tmp_path / "whole")
+    assert counts(tmp_path / "whole")["quarantined"] == 0
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.9])
+def test_an_outage_ends_in_one_line_and_leaves_nothing_half_written(
+    ingest_through: Callable[[faulty_storage.Plan, pathlib.Path], int],
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+    share: float,
+) -> None:
+    monkeypatch.setattr(buckets, "PATIENCE", buckets.Patience(timeout=5.0, total=0.1, pause=0.01))
+    first = round(41 * share)
+    line = r"no whole answer about gs://pictures/set.*; check the network, and run again"
+    with pytest.raises(UserError, match=line) as caught:
+        ingest_through(lambda number, _: Fault.answer_cut if number >= first else None, tmp_path / "out")
+    assert str(caught.value).startswith("--images: ")
+    assert content(tmp_path / "out") == {}
 
 
 def test_a_jpeg_that_only_pillow_forgives_is_quarantined_and_not_found_out_later(tmp_path: pathlib.Path) -> None:

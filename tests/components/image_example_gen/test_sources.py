@@ -78,7 +78,7 @@ def labels(src: object, config: IngestConfig = CONFIG) -> dict[str, str | None]:
     found = [item for item in read(src, config) if isinstance(item, Found)]
     for item in found:
         if not sources.is_compressed(item.ref.file):
-            assert sources.Reader().read(item.ref) == item.data
+            assert sources.read_ref(item.ref) == item.data
     return {item.ref.path: item.ref.label for item in found}
 
 

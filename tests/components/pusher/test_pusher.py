@@ -44,7 +44,9 @@ def model(tmp_path_factory) -> Path:
     return root
 
 
-def run_executor(pusher, model: Path, base: Path, tmp_path: Path, blessed: bool, card: Path | None = None):
+def run_executor(
+    pusher, model: Path, base: Path, tmp_path: Path, blessed: bool, card: Path | None = None, **custom_config
+):
     from tfx.proto import pusher_pb2
     from tfx.types import standard_artifacts
     from tfx.utils import proto_utils
@@ -67,7 +69,7 @@ def run_executor(pusher, model: Path, base: Path, tmp_path: Path, blessed: bool,
     pusher.Executor().Do(
         inputs,
         {"pushed_model": [pushed]},
-        {"push_destination": proto_utils.proto_to_json(destination)},
+        {"push_destination": proto_utils.proto_to_json(destination), "custom_config": json.dumps(custom_config)},
     )
     return pushed
 
@@ -136,6 +138,16 @@ def test_another_card_alone_makes_no_new_version(pusher, model, tmp_path):
         run_executor(pusher, model, base, tmp_path / name, blessed=True, card=make_card(tmp_path / name / "c", name))
     (version,) = versions(base)
     assert (base / version / "assets.extra" / "model_card.md").read_bytes() == b"# birds"
+
+
+def test_only_as_many_versions_stay_as_are_asked_for(pusher, model, tmp_path):
+    base = tmp_path / "serving"
+    for number in range(3):
+        pusher.push(str(model / "Format-Serving"), str(base))
+        assert len(versions(base)) == number + 1
+    pushed = run_executor(pusher, model, base, tmp_path, blessed=True, keep=2)
+    assert len(versions(base)) == 2
+    assert versions(base)[-1] == pushed.get_string_custom_property("pushed_version")
 
 
 def test_the_published_model_loads_and_answers(pusher, model, tmp_path):

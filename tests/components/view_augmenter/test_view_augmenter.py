@@ -187,7 +187,9 @@ def test_where_both_keeps_the_stored_images_beside_the_same_views(
 def test_where_trainer_writes_stored_images_only(both: standard_artifacts.Examples, tmp_path: Path) -> None:
     stored = run(tmp_path, dataclasses.replace(AUGMENT, where=Where.trainer), shards=3)
     assert read(stored, "images-") == read(both, "images-")
-    assert tree(stored.uri) == {"views.json"} | {f"Split-train/images-0000{n}-of-00003.tfrecord" for n in range(3)}
+    probes = "watch/probe-00000-of-00001.tfrecord"
+    images = {f"Split-train/images-0000{n}-of-00003.tfrecord" for n in range(3)}
+    assert tree(stored.uri) == {"views.json", probes} | images
 
 
 def test_the_trainer_would_make_the_same_views_from_the_stored_images(both: standard_artifacts.Examples) -> None:
@@ -195,6 +197,17 @@ def test_the_trainer_would_make_the_same_views_from_the_stored_images(both: stan
         image = tf.io.decode_png(stored["image"])
         made = view_pair(image, tf.constant(stored["id"]), tf.constant(1, tf.int64), SEED, AUGMENT).numpy()
         assert (made[0].tobytes(), made[1].tobytes()) == (row["query"], row["key"])
+
+
+def rows_of(path: Path) -> list[dict[str, bytes]]:
+    records = tf.data.TFRecordDataset(str(path)).as_numpy_iterator()
+    examples = (tf.train.Example.FromString(record).features.feature for record in records)
+    return [{name: feature.bytes_list.value[0] for name, feature in features.items()} for features in examples]
+
+
+def probe_rows(views: standard_artifacts.Examples) -> list[dict[str, bytes]]:
+    (name,) = (file["name"] for file in manifest(views)["watch"] if file["split"] == "probe")
+    return rows_of(Path(views.uri, name))
 
 
 def test_the_manifest_lists_exactly_the_files_there_are(both: standard_artifacts.Examples) -> None:
@@ -243,8 +256,33 @@ def test_the_sample_is_of_the_lowest_hashes(both: standard_artifacts.Examples, t
 
 
 def test_an_unlabelled_set_has_no_sample(one_shard: standard_artifacts.Examples) -> None:
-    assert manifest(one_shard)["watch"] == []
-    assert not list(Path(one_shard.uri, "watch").iterdir())
+    assert [file["split"] for file in manifest(one_shard)["watch"]] == ["probe"]
+    assert len(list(Path(one_shard.uri, "watch").iterdir())) == 1
+
+
+def test_the_probes_are_encoded_images_of_the_eval_split_labelled_or_not(
+    one_shard: standard_artifacts.Examples, both: standard_artifacts.Examples
+) -> None:
+    images = {hashlib.sha256(data).hexdigest().encode(): data for data in sample_files("eval")}
+    expected = [{"id": identity, "encoded": images[identity]} for identity in sorted(images)]
+    assert probe_rows(one_shard) == probe_rows(both) == expected
+
+
+def test_only_the_lowest_hashes_are_probes_of_the_train_split_where_there_is_no_eval_split(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sample, "PROBES", 3)
+    counts = {"train": IMAGES, "eval": 0}
+    job = sample.SampleJob(str(tmp_path), str(tmp_path / ".scratch"), IMAGE, AUGMENT, SampleConfig(), counts)
+    for folder in ("watch", ".scratch"):
+        (tmp_path / folder).mkdir()
+    examples = make_examples(tmp_path / "examples", 2)
+    shards = [("train", shard) for shard in executor.find_shards(f"{examples.uri}/Split-train")]
+    with TestPipeline(argv=[RUNNER]) as pipeline:
+        files = pipeline | beam.Create(shards) | sample.TakeSample(job)
+        assert_that(files | beam.Map(lambda file: (file.split, file.records)), equal_to([("probe", 3)]))
+    ids = sorted(hashlib.sha256(data).hexdigest().encode() for data in sample_files("train"))
+    assert [row["id"] for row in rows_of(tmp_path / "watch" / "probe-00000-of-00001.tfrecord")] == ids[:3]
 
 
 def test_the_eval_split_is_in_no_view(both: standard_artifacts.Examples) -> None:
