@@ -1,6 +1,5 @@
 """Publishes a blessed model as a whole or not at all."""
 
-import hashlib
 import json
 import os
 import tempfile
@@ -14,6 +13,7 @@ from tfx.types import artifact_utils, standard_component_specs
 from tfx.utils import io_utils, json_utils, proto_utils
 
 from components.pusher import model_card, publish
+from components.pusher.digest import digest
 from components.pusher.pointer import CARD_FILE, DIGEST
 
 CARD = "card"  # key of custom_config: JSON that the model's card starts with
@@ -51,7 +51,7 @@ class Executor(executor.Executor):
         model_path = self.GetModelPath(input_dict)
         # The archive comes first: once the model can be served nothing is left that could fail.
         io_utils.copy_dir(model_path, pushed_model.uri)
-        _write_card(_card(exec_properties) | {DIGEST: _digest(model_path)}, pushed_model.uri)
+        _write_card(_card(exec_properties) | {DIGEST: digest(model_path)}, pushed_model.uri)
         destination = push(pushed_model.uri, _base_directory(exec_properties))
         self._MarkPushed(pushed_model, pushed_destination=destination, pushed_version=os.path.basename(destination))
 
@@ -100,16 +100,3 @@ def _base_directory(exec_properties: dict[str, Any]) -> str:
     if destination.WhichOneof("destination") != "filesystem":
         raise NotImplementedError(f"push destination {destination} is not a file system")
     return destination.filesystem.base_directory
-
-
-def _digest(model_path: str) -> str:
-    """SHA-256 over the names and contents of a model's files."""
-    digest = hashlib.sha256()
-    for folder, folders, files in fileio.walk(model_path):
-        folders.sort()
-        for name in sorted(files):
-            path = os.path.join(folder, name)
-            with fileio.open(path, "rb") as file:
-                content = hashlib.sha256(file.read()).hexdigest()
-            digest.update(f"{os.path.relpath(path, model_path)}\0{content}\n".encode())
-    return digest.hexdigest()

@@ -89,10 +89,7 @@ def run(
 
 def check_file(json_file: str | None) -> None:
     """Refuses a place that cannot be written to before anything is computed."""
-    if json_file and not Path(json_file).absolute().parent.is_dir():
-        raise UserError(f"--json {json_file}: the folder {Path(json_file).parent} does not exist; make it first")
-    if json_file and Path(json_file).is_dir():
-        raise UserError(f"--json {json_file}: is a folder; name a file, e.g. --json {Path(json_file) / 'report.json'}")
+    outputs.check("--json", json_file, "report.json")
 
 
 def _fit(compiler: Compiler, request: Request, topology: Topology) -> Fit:
