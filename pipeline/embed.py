@@ -88,28 +88,50 @@ def embed(
     _check_out(out)
     sources.check(images)
     images = sources.join_pattern(*sources.split_pattern(images))
-    options = beam.options(beam_arguments)
     model = version_of(model)
+    options = beam.options(beam_arguments)
     beam.check_reachable(options, model=model, images=images, out=out)
-    from apache_beam.utils.shared import Shared
+    rows = max(1, shard_rows // batch) * batch
+    # Beam's import keeps this frame alive to the end of the process, which TensorFlow's functions must not live to see,
+    # so what holds the encoder has a frame of its own, and nothing is imported there.
+    from pipeline.embedding import index, shards, store, table  # noqa: F401
 
+    return _embed(options, model, shards.Job(images, "", "", batch, rows, IngestConfig()), out)
+
+
+def _embed(options: Any, model: str, job: "Job", out: str) -> Summary:
     from pipeline.embedding import shards, table
 
-    # Shared, since Beam's worker may be this very process.
+    with _shared_encoder(model) as (loaded, encoder):
+        start = time.monotonic()
+        about = table.About(model, encoder.sha256, encoder.dimensions, job.src)
+        with _work_folder(out) as folder, disk.fullness_told(folder):
+            job = dataclasses.replace(job, folder=folder, model_sha256=encoder.sha256)
+            done = shards.run(options, job, loaded)
+            _finish(folder, done, about, out)
+        seconds = max(time.monotonic() - start, 1e-9)
+    rows = sum(shard.counts.rows for shard in done)
+    kept = sum(shard.counts.rows for shard in done if shard.kept)
+    errors = sum(shard.counts.errors for shard in done)
+    progress.report("embed", rows, rows, "images")
+    return Summary(rows, errors, about.dimensions, (rows - kept) / seconds, out, kept)
+
+
+@contextlib.contextmanager
+def _shared_encoder(model: str) -> Iterator[tuple["_Loaded", Encoder]]:
+    """Loads the encoder once for this process and for Beam's worker, which may be this very process."""
+    from apache_beam.utils.shared import Shared
+
     loaded = _Loaded(model, Shared())
-    encoder = loaded()
-    about = table.About(model, encoder.sha256, encoder.dimensions, images)
-    start = time.monotonic()
-    with _work_folder(out) as folder, disk.fullness_told(folder):
-        rows = max(1, shard_rows // batch) * batch
-        job = shards.Job(images, folder, encoder.sha256, batch, rows, IngestConfig())
-        done = _run(shards, options, job, loaded)
-        if out.endswith("/"):
-            _finish_folder(folder, done, about)
-        else:
-            _finish_file(folder, done, about, Path(out))
-    seconds = max(time.monotonic() - start, 1e-9)
-    return _summary(done, encoder.dimensions, seconds, out)
+    try:
+        yield loaded, loaded()
+    finally:
+        # Beam keeps what was shared last.
+        Shared().acquire(_Nothing)
+
+
+class _Nothing:
+    """Shared in place of an encoder."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,22 +143,6 @@ class _Loaded:
 
     def __call__(self) -> Encoder:
         return self.shared.acquire(lambda: load_encoder(self.model))
-
-
-def _run(shards: Any, options: Any, job: "Job", loaded: _Loaded) -> list["Done"]:
-    done = shards.run(options, job, loaded)
-    if not done:
-        raise sources.no_images(job.src)
-    rows = sum(shard.counts.rows for shard in done)
-    progress.report("embed", rows, rows, "images")
-    return done
-
-
-def _summary(done: Sequence["Done"], dimensions: int, seconds: float, out: str) -> Summary:
-    rows = sum(shard.counts.rows for shard in done)
-    kept = sum(shard.counts.rows for shard in done if shard.kept)
-    errors = sum(shard.counts.errors for shard in done)
-    return Summary(rows, errors, dimensions, (rows - kept) / seconds, out, kept)
 
 
 # What is written.
@@ -203,6 +209,18 @@ def _work_folder(out: str) -> Iterator[str]:
     path = Path(out)
     with opened(str(path if out.endswith("/") else path.with_name(f".{path.name}.parts")), "--out") as folder:
         yield str(folder)
+
+
+def _finish(folder: str, done: Sequence["Done"], about: Any, out: str) -> None:
+    if not done:
+        from pipeline.embedding import shards, store
+
+        store.remove(f"{folder}/{shards.PLAN}" if out.endswith("/") else folder)
+        raise sources.no_images(about.images)
+    if out.endswith("/"):
+        _finish_folder(folder, done, about)
+    else:
+        _finish_file(folder, done, about, Path(out))
 
 
 def _finish_file(folder: str, done: Sequence["Done"], about: Any, out: Path) -> None:
