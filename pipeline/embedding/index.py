@@ -56,7 +56,11 @@ def open_index(path: str) -> Index:
                 raise UserError(f"--index {path}: there is no such file; make it with './moco embed'")
             return _open_npz(path) if path.endswith(".npz") else _open_parquet(path)
     except FileNotFoundError as error:
-        raise UserError(f"--index {path}: there is no {FILE}; it is no folder that './moco embed' finished") from error
+        missing = os.path.basename(error.filename or FILE)
+        text = (
+            f"--index {path}: there is no {missing} in it, so it is not what './moco embed' has finished; embed again"
+        )
+        raise UserError(text) from error
 
 
 def folder_index(about: About, names: Sequence[str]) -> str:
