@@ -57,9 +57,7 @@ def open_index(path: str) -> Index:
             return _open_npz(path) if path.endswith(".npz") else _open_parquet(path)
     except FileNotFoundError as error:
         missing = os.path.basename(error.filename or FILE)
-        text = (
-            f"--index {path}: there is no {missing} in it, so it is not what './moco embed' has finished; embed again"
-        )
+        text = f"--index {path}: there is no {missing} in it, so it is not what './moco embed' finishes; embed again"
         raise UserError(text) from error
 
 
