@@ -27,7 +27,7 @@ DONE, FAILED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
 
 _DESCRIPTION = "Train, check, publish and use a visual encoder by Momentum Contrast (MoCo) on your own images."
 _SEE = "'./moco COMMAND --help' explains a command, with an example."
-_CONTINUES = ("demo", "run")
+_CONTINUES = ("demo", "run", "embed")
 # What a path or its rights can bring about, wherever it is met; a missing file may be our fault.
 _OF_THE_USER = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP)
 
@@ -79,6 +79,7 @@ def _dispatch(arguments: list[str]) -> int:
         "demo": _demo,
         "run": _run,
         "embed": _embed,
+        "search": _search,
         "weights": _weights,
         "publish": _publish,
         "bench": _bench,
@@ -222,9 +223,16 @@ examples:
 
 def _add_embed(parser: argparse.ArgumentParser) -> None:
     parser.description = """\
-Embeds images with a published encoder: one row for each image, with path, sha256, embedding (unit length) and error.
-An image that cannot be read gets a row with its error and never stops the rest."""
-    parser.epilog = "example:\n  ./moco embed --model moco-demo/serving/encoder --images photos/ --out photos.parquet"
+Embeds images with a published encoder: one row for each image, with path, sha256, embedding (unit length), error and
+label. An image that cannot be read gets a row with its error and never stops the rest. Typed again after an
+interruption, whatever kind, it goes on where it was, and ends with the very same bytes."""
+    parser.epilog = """\
+examples:
+  ./moco embed --model moco-demo/serving/encoder --images photos/ --out photos.parquet
+  ./moco embed --model gs://bucket/encoder --images 'gs://bucket/photos/*.tar' --out gs://bucket/embeddings/ \\
+    --beam-arg=--runner=DataflowRunner --beam-arg=--project=PROJECT --beam-arg=--region=europe-west4 \\
+    --beam-arg=--temp_location=gs://bucket/tmp --beam-arg=--sdk_container_image=IMAGE
+IMAGE must hold this project and its requirements. DIR/_index.json, written last, says which files in DIR count."""
     parser.add_argument(
         "--model",
         required=True,
@@ -237,12 +245,47 @@ An image that cannot be read gets a row with its error and never stops the rest.
         "--out",
         required=True,
         action=_Once,
-        metavar="FILE",
-        help="FILE.npz, or FILE.parquet (which is written batch by batch)",
+        metavar="FILE|DIR/",
+        help="FILE.parquet, FILE.npz, or with a slash at its end a folder of Parquet files, which may be on gs://",
     )
     parser.add_argument(
         "--batch", type=int, default=64, metavar="N", help="images in one call of the model (default: 64)"
     )
+    parser.add_argument(
+        "--beam-arg",
+        action="append",
+        default=[],
+        dest="beam_arguments",
+        metavar="ARG",
+        help="an option of Apache Beam, e.g. --beam-arg=--runner=DataflowRunner; may be repeated (default: runs here)",
+    )
+    _add_talk(parser)
+
+
+def _add_search(parser: argparse.ArgumentParser) -> None:
+    parser.description = """\
+Finds the images whose embeddings are nearest to those of other images, by cosine similarity and exactly, and prints
+rank, similarity, path and label."""
+    parser.epilog = """\
+examples:
+  ./moco search --index photos.parquet --query photo.jpg
+  ./moco search --index photos.parquet --query cats/17.jpg dogs/3.jpg -k 20 --html found.html"""
+    parser.add_argument(
+        "--index",
+        required=True,
+        action=_Once,
+        metavar="FILE|DIR",
+        help="what './moco embed' wrote; the images need not be there, except for --html",
+    )
+    parser.add_argument(
+        "--query", required=True, nargs="+", metavar="IMAGE", help="images, or paths of images in the index"
+    )
+    parser.add_argument("-k", type=int, default=10, metavar="N", help="images to find for each (default: 10)")
+    parser.add_argument(
+        "--model", action=_Once, metavar="DIR", help="the encoder that made the index, if it is elsewhere now"
+    )
+    parser.add_argument("--html", action=_Once, metavar="FILE", help="also write a page of the pictures there")
+    parser.add_argument("--json", action=_Once, metavar="FILE", help="also write what was found there")
     _add_talk(parser)
 
 
@@ -362,6 +405,7 @@ _COMMANDS = {
     "run": (_add_run, "the whole pipeline on your images"),
     "test": (_add_test, "the project's tests"),
     "embed": (_add_embed, "embed images with a published encoder"),
+    "search": (_add_search, "find the images nearest to others among embedded ones"),
     "weights": (_add_weights, "write a published encoder's weights for PyTorch"),
     "publish": (_add_publish, "publish encoders, list the published ones, go back, remove old ones"),
     "bench": (_add_bench, "measure speed and memory"),
@@ -424,7 +468,33 @@ def _embed(options: argparse.Namespace) -> int:
 
     model, out = os.path.expanduser(options.model), os.path.expanduser(options.out)
     with console.progress_shown():
-        console.line(str(embed.embed(model, options.images, out, options.batch)))
+        console.line(str(embed.embed(model, options.images, out, options.batch, options.beam_arguments)))
+    return DONE
+
+
+def _search(options: argparse.Namespace) -> int:
+    from pipeline import console, outputs
+
+    if options.k < 1:
+        raise UserError(f"-k {options.k} must be at least 1; e.g. -k 10")
+    for option, path in (("--html", options.html), ("--json", options.json)):
+        outputs.check(option, path, f"found.{option[2:]}")
+    if "://" not in options.index and not os.path.exists(options.index):
+        raise UserError(f"--index {options.index}: there is no such file; make it with './moco embed'")
+    console.quiet(options.verbose)
+    console.prefer_onednn()
+    from pipeline.embedding import page, search
+    from pipeline.embedding.index import open_index
+
+    index = open_index(options.index)
+    model = os.path.expanduser(options.model) if options.model else None
+    found = search.search(index, options.query, options.k, model)
+    if options.json:
+        outputs.write(options.json, search.to_json(found, index))
+    if options.html:
+        outputs.write(options.html, page.to_html(found, index))
+    for line in search.text(found):
+        console.line(line)
     return DONE
 
 

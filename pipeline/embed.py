@@ -1,37 +1,29 @@
 """Embeds images in bulk with a published encoder: `./moco embed`.
 
-Needs the SavedModel and TensorFlow only, none of the code that trained the model. TensorFlow is imported once the
-arguments have been checked, so that a slip of the hand is answered at once.
+Beam and TensorFlow are imported once the arguments have been checked, so that a slip of the hand is answered at once.
 """
 
 import contextlib
 import dataclasses
-import itertools
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from components.image_example_gen import codec, sources
+from components import disk
+from components.image_example_gen import sources
 from components.image_example_gen.config import IngestConfig
-from components.pusher import publish
+from pipeline import beam
+from pipeline.embedding.encoder import Encoder, load_encoder, version_of
+from pipeline.workdir import opened
 from trainer_module import progress
 from trainer_module.errors import UserError
 
-_ROW_GROUP = 4096
+if TYPE_CHECKING:
+    from pipeline.embedding.shards import Done, Job
 
-
-class Row(NamedTuple):
-    """One image's outcome: `embedding` is float32 [D], or None where `error` says why there is none."""
-
-    path: str
-    sha256: str
-    embedding: np.ndarray | None
-    error: str | None
+_SHARD_ROWS = 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,8 +34,10 @@ class Summary:
         images: rows written.
         errors: how many of them have an error in place of an embedding.
         dimensions: D.
-        images_per_second: rows over the time of reading, embedding and writing, the loading of the model left out.
-        out: the file.
+        images_per_second: rows over the time of finding, reading, embedding and writing; the loading of the model and
+            rows that were there already are left out.
+        out: the file or folder.
+        kept: rows that an earlier start had made.
     """
 
     images: int
@@ -51,165 +45,107 @@ class Summary:
     dimensions: int
     images_per_second: float
     out: str
+    kept: int = 0
 
     def __str__(self) -> str:  # noqa: D105
         errors = f" ({self.errors:,} {'error' if self.errors == 1 else 'errors'})" if self.errors else ""
         speed = f"{self.images_per_second:,.0f} images/s"
-        return f"embedded {self.images:,} images{errors} to {self.out}, {self.dimensions}-d, {speed}"
+        kept = f", {self.kept:,} of them by an earlier start" if self.kept else ""
+        return f"embedded {self.images:,} images{errors} to {self.out}, {self.dimensions}-d, {speed}{kept}"
 
 
-@dataclasses.dataclass(frozen=True)
-class Encoder:
-    """A loaded SavedModel's `serving_default`.
-
-    Attributes:
-        model: the loaded object, kept because the signature does not keep its variables alive.
-        signature: image_bytes: string [N] -> {"embedding": float32 [N, D]}.
-        dimensions: D.
-    """
-
-    model: Any
-    signature: Callable[..., dict[str, Any]]
-    dimensions: int
-
-    def __call__(self, encoded: Sequence[bytes]) -> list[np.ndarray | str]:
-        """Embeds encoded images; one that the model refuses gives the text of its error, and the others succeed."""
-        import tensorflow as tf
-
-        try:
-            return list(self.signature(image_bytes=tf.constant(encoded, tf.string))["embedding"].numpy())
-        except tf.errors.InvalidArgumentError as error:
-            if len(encoded) == 1:
-                return [f"model: {_reason(error.message)}"]
-            return [self([one])[0] for one in encoded]
-
-
-def embed(model: str, images: str, out: str, batch: int = 64) -> Summary:
+def embed(
+    model: str,
+    images: str,
+    out: str,
+    batch: int = 64,
+    beam_arguments: Sequence[str] = (),
+    shard_rows: int = _SHARD_ROWS,
+) -> Summary:
     """Embeds every image of a source, duplicates included, and writes one row for each.
+
+    Rows are in the order of the files' names, and within an archive in its own. They are made in shards, in a hidden
+    folder beside `out`. After an interruption, whatever kind, the same call takes over the shards that are finished
+    and ends with the bytes of a run that was not interrupted. Shards of other images, or of another model, are made
+    anew.
 
     Args:
         model: a SavedModel, or a folder of published versions, of which the one in service is taken; may be gs://.
         images: a source as `components.image_example_gen.sources` reads it.
-        out: path ending in .npz (arrays path, sha256, embedding float32 [N, D] with NaN where there is an error, and
-            error, empty where there is none) or .parquet (the same columns, null in place of NaN and of empty;
-            written in groups of rows, so that memory does not grow with the number of images). It appears when
-            it is whole, and not before.
+        out: path ending in .npz or .parquet, see `pipeline.embedding.table.write_file`; or, ending in /, a folder of
+            Parquet files, whose rows are in the order of the files' names; may be gs://. A file appears when it is
+            whole, and not before; a folder is whole once it has
+            `_index.json`, which tells what counts in it.
         batch: images in one call of the model.
+        beam_arguments: where it runs, see `pipeline.beam.options`.
+        shard_rows: images in a shard at most, if the batch is no larger.
 
     Raises:
         UserError: model, source or out cannot be used.
     """
     if batch < 1:
         raise UserError(f"--batch {batch} must be at least 1; e.g. --batch 64")
-    check_out(out, ".npz", ".parquet")
+    _check_out(out)
     sources.check(images)
     images = sources.join_pattern(*sources.split_pattern(images))
-    encoder = load_encoder(model)
-    start = time.monotonic()
-    count = errors = 0
-    with _replacing(Path(out)) as temporary, _writer(temporary, out, encoder.dimensions) as writer:
-        for rows in _embedded(encoder, sources.read_images(images, IngestConfig()), batch):
-            writer.write(rows)
-            count += len(rows)
-            errors += sum(row.error is not None for row in rows)
-            speed = count / max(time.monotonic() - start, 1e-9)
-            progress.report("embed", count, None, "images", **{"images/s": speed})
-        if not count:
-            raise sources.no_images(images)
-    progress.report("embed", count, count, "images")
-    seconds = max(time.monotonic() - start, 1e-9)
-    return Summary(count, errors, encoder.dimensions, count / seconds, out)
+    model = version_of(model)
+    options = beam.options(beam_arguments)
+    beam.check_reachable(options, model=model, images=images, out=out)
+    rows = max(1, shard_rows // batch) * batch
+    # Beam's import keeps this frame alive to the end of the process, which TensorFlow's functions must not live to see,
+    # so what holds the encoder has a frame of its own, and nothing is imported there.
+    from pipeline.embedding import index, shards, store, table  # noqa: F401
+
+    return _embed(options, model, shards.Job(images, "", "", batch, rows, IngestConfig()), out)
 
 
-def load_encoder(model: str) -> Encoder:
-    """Loads an encoder.
+def _embed(options: Any, model: str, job: "Job", out: str) -> Summary:
+    from pipeline.embedding import shards, table
 
-    Args:
-        model: see `embed`.
-
-    Raises:
-        UserError: nothing there, no SavedModel, or one without the signature.
-    """
-    with _option_told(), publish.local_copy(model) as folder:
-        return _load(folder, model if "://" in model else folder)
+    with _shared_encoder(model) as (loaded, encoder):
+        start = time.monotonic()
+        about = table.About(model, encoder.sha256, encoder.dimensions, job.src)
+        with _work_folder(out) as folder, disk.fullness_told(folder):
+            job = dataclasses.replace(job, folder=folder, model_sha256=encoder.sha256)
+            done = shards.run(options, job, loaded)
+            _finish(folder, done, about, out)
+        seconds = max(time.monotonic() - start, 1e-9)
+    rows = sum(shard.counts.rows for shard in done)
+    kept = sum(shard.counts.rows for shard in done if shard.kept)
+    errors = sum(shard.counts.errors for shard in done)
+    progress.report("embed", rows, rows, "images")
+    return Summary(rows, errors, about.dimensions, (rows - kept) / seconds, out, kept)
 
 
 @contextlib.contextmanager
-def _option_told() -> Iterator[None]:
-    """Says of a refusal which option it is about."""
+def _shared_encoder(model: str) -> Iterator[tuple["_Loaded", Encoder]]:
+    """Loads the encoder once for this process and for Beam's worker, which may be this very process."""
+    from apache_beam.utils.shared import Shared
+
+    loaded = _Loaded(model, Shared())
     try:
-        yield
-    except UserError as error:
-        raise UserError(f"--model {error}") from error
+        yield loaded, loaded()
+    finally:
+        # Beam keeps what was shared last.
+        Shared().acquire(_Nothing)
 
 
-def _load(folder: str, name: str) -> Encoder:
-    import tensorflow as tf
-
-    try:
-        loaded = tf.saved_model.load(folder)
-    except (OSError, ValueError, RuntimeError, tf.errors.OpError) as error:
-        raise UserError(f"{name}: cannot be loaded as a SavedModel: {_first_line(error)}") from error
-    signature = loaded.signatures.get("serving_default")
-    if signature is None:
-        raise UserError(f"{name}: has no signature serving_default; name a model that './moco run' pushed")
-    inputs, outputs = signature.structured_input_signature[1], signature.structured_outputs
-    if set(inputs) != {"image_bytes"} or "embedding" not in outputs or outputs["embedding"].shape[1:].rank != 1:
-        raise UserError(
-            f"{name}: serving_default takes {', '.join(inputs)} and returns {', '.join(outputs)}, "
-            "not image_bytes and embedding [N, D]; name a model that './moco run' pushed"
-        )
-    return Encoder(loaded, signature, int(outputs["embedding"].shape[1]))
+class _Nothing:
+    """Shared in place of an encoder."""
 
 
-# From a source to rows.
+@dataclasses.dataclass(frozen=True)
+class _Loaded:
+    """Gives the encoder, loaded once in a process."""
+
+    model: str
+    shared: Any
+
+    def __call__(self) -> Encoder:
+        return self.shared.acquire(lambda: load_encoder(self.model))
 
 
-class _Prepared(NamedTuple):
-    row: Row
-    encoded: bytes | None
-
-
-def _embedded(encoder: Encoder, items: Iterable[sources.Item], batch: int) -> Iterator[list[Row]]:
-    for prepared in _prepared(items, batch):
-        encoded = [image.encoded for image in prepared if image.encoded is not None]
-        outcomes = iter(encoder(encoded) if encoded else [])
-        yield [image.row if image.encoded is None else _with(image.row, next(outcomes)) for image in prepared]
-
-
-def _with(row: Row, outcome: np.ndarray | str) -> Row:
-    return row._replace(error=outcome) if isinstance(outcome, str) else row._replace(embedding=outcome)
-
-
-def _prepared(items: Iterable[sources.Item], batch: int) -> Iterator[list[_Prepared]]:
-    """Decodes and checks images in threads, one batch ahead of the model."""
-    images = (item for item in items if not isinstance(item, sources.Skipped))
-    with ThreadPoolExecutor() as pool:
-        ahead: list[Future[_Prepared]] = []
-        while chunk := [pool.submit(_prepare, item) for item in itertools.islice(images, batch)]:
-            if ahead:
-                yield [future.result() for future in ahead]
-            ahead = chunk
-        if ahead:
-            yield [future.result() for future in ahead]
-
-
-def _prepare(item: sources.Found | sources.Bad) -> _Prepared:
-    if isinstance(item, sources.Bad):
-        return _Prepared(Row(item.path, "", None, f"{item.reason}: {item.detail}"), None)
-    row = Row(item.ref.path, codec.sha256(item.data), None, None)
-    limits = codec.Limits(IngestConfig.max_pixels, IngestConfig.min_side)
-    try:
-        return _Prepared(row, codec.canonical(item.data, limits).encoded)
-    except codec.BadImage as error:
-        return _Prepared(row._replace(error=str(error)), None)
-
-
-# From rows to a file.
-
-
-class _Writer(Protocol):
-    def write(self, rows: Sequence[Row]) -> None: ...
+# What is written.
 
 
 def check_out(out: str, *suffixes: str) -> None:
@@ -229,99 +165,84 @@ def check_out(out: str, *suffixes: str) -> None:
         raise UserError(
             f"--out {out}: must end in {' or '.join(suffixes)}, e.g. --out {path.stem or 'out'}{suffixes[-1]}"
         )
-    if not path.parent.is_dir():
-        raise UserError(f"--out {out}: the folder {path.parent} does not exist; make it first")
     if path.is_dir():
         raise UserError(f"--out {out}: is a folder; name a file, e.g. --out {path / f'out{suffixes[-1]}'}")
-    if not os.access(path.parent, os.W_OK | os.X_OK):
-        raise UserError(f"--out {out}: the folder {path.parent} is not writable; choose another")
+    _check_above(out)
+
+
+def _check_out(out: str) -> None:
+    """Refuses a file, or a folder, for embeddings that cannot be written.
+
+    Raises:
+        UserError: see `check_out`; or a folder that is a file, or elsewhere than here or on gs://.
+    """
+    if not out.endswith("/"):
+        if "://" in out:
+            raise UserError(f"--out {out}: a file must be on this machine; for a folder of Parquet files write {out}/")
+        check_out(out, ".npz", ".parquet")
+    elif "://" not in out:
+        if os.path.isfile(out.rstrip("/")):
+            raise UserError(f"--out {out}: is a file; name a folder")
+        _check_above(out.rstrip("/"))
+    elif not out.startswith("gs://"):
+        raise UserError(f"--out {out}: must be on this machine or on gs://")
+
+
+def _check_above(out: str) -> None:
+    folder = Path(out).parent
+    if not folder.is_dir():
+        raise UserError(f"--out {out}: the folder {folder} does not exist; make it first")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(f"--out {out}: the folder {folder} is not writable; choose another")
 
 
 @contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """Yields a temporary path beside `path` that takes its place when all went well and vanishes otherwise."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        yield temporary
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def _work_folder(out: str) -> Iterator[str]:
+    """The folder of the shards, kept from other runs on this machine: `out` itself, or a hidden one beside a file.
+
+    Raises:
+        UserError: another run uses it.
+    """
+    if "://" in out:
+        yield out.rstrip("/")
+        return
+    path = Path(out)
+    with opened(str(path if out.endswith("/") else path.with_name(f".{path.name}.parts")), "--out") as folder:
+        yield str(folder)
 
 
-def _writer(temporary: Path, out: str, dimensions: int) -> contextlib.AbstractContextManager[_Writer]:
-    return _npz(temporary, dimensions) if out.endswith(".npz") else _parquet(temporary)
+def _finish(folder: str, done: Sequence["Done"], about: Any, out: str) -> None:
+    if not done:
+        from pipeline.embedding import shards, store
+
+        store.remove(f"{folder}/{shards.PLAN}" if out.endswith("/") else folder)
+        raise sources.no_images(about.images)
+    if out.endswith("/"):
+        _finish_folder(folder, done, about)
+    else:
+        _finish_file(folder, done, about, Path(out))
 
 
-class _Npz:
-    def __init__(self) -> None:
-        self.rows: list[Row] = []
+def _finish_file(folder: str, done: Sequence["Done"], about: Any, out: Path) -> None:
+    """Joins the shards, puts the file in place, and removes them."""
+    from pipeline.embedding import store, table
 
-    def write(self, rows: Sequence[Row]) -> None:
-        self.rows += rows
+    def tables() -> Iterator[Any]:
+        return (table.read_shard(f"{folder}/{shard.name}") for shard in done)
 
-
-@contextlib.contextmanager
-def _npz(path: Path, dimensions: int) -> Iterator[_Npz]:
-    writer = _Npz()
-    yield writer
-    embedding = np.full((len(writer.rows), dimensions), np.nan, np.float32)
-    for target, row in zip(embedding, writer.rows, strict=True):
-        if row.embedding is not None:
-            target[:] = row.embedding
-    with path.open("wb") as file:
-        np.savez(
-            file,
-            path=np.array([row.path for row in writer.rows], np.str_),
-            sha256=np.array([row.sha256 for row in writer.rows], np.str_),
-            embedding=embedding,
-            error=np.array([row.error or "" for row in writer.rows], np.str_),
-        )
+    joined = Path(folder) / f"joined{out.suffix}"
+    table.write_file(tables, joined, about, npz=out.suffix == ".npz")
+    joined.replace(out)
+    store.remove(folder)
 
 
-class _Parquet:
-    def __init__(self, path: Path):
-        import pyarrow as pa
-        import pyarrow.parquet as pq
+def _finish_folder(folder: str, done: Sequence["Done"], about: Any) -> None:
+    """Says which shards count, and removes all others."""
+    from pipeline.embedding import index, shards, store
 
-        columns = {
-            "path": pa.string(),
-            "sha256": pa.string(),
-            "embedding": pa.list_(pa.float32()),
-            "error": pa.string(),
-        }
-        self._schema = pa.schema(columns.items())
-        self._table = pa.Table
-        self._file = pq.ParquetWriter(path, self._schema)
-        self._rows: list[Row] = []
-
-    def write(self, rows: Sequence[Row]) -> None:
-        self._rows += rows
-        if len(self._rows) >= _ROW_GROUP:
-            self.flush()
-
-    def flush(self) -> None:
-        rows, self._rows = self._rows, []
-        self._file.write_table(self._table.from_pylist([row._asdict() for row in rows], self._schema))
-
-    def close(self) -> None:
-        self._file.close()
-
-
-@contextlib.contextmanager
-def _parquet(path: Path) -> Iterator[_Parquet]:
-    writer = _Parquet(path)
-    try:
-        yield writer
-        writer.flush()
-    finally:
-        writer.close()
-
-
-def _reason(message: str) -> str:
-    """Returns what went wrong from TensorFlow's error, which tells the graph's history first and its nodes last."""
-    lines = [line.strip() for line in message.splitlines() if line.strip() and not line.lstrip().startswith("[[")]
-    return lines[-1][:200] if lines else message
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+    names = [shard.name for shard in done]
+    store.write(f"{folder}/{index.FILE}", index.folder_index(about, names).encode())
+    for name in store.names(folder):
+        if (shards.is_shard(name) and name not in set(names)) or store.is_left_over(name):
+            store.remove(f"{folder}/{name}")
+    store.remove(f"{folder}/{shards.PLAN}")

@@ -23,6 +23,7 @@ from tfx.proto.orchestration import pipeline_pb2
 from components.pusher import publish
 from components.view_augmenter.executor import Job, check_space
 from pipeline import console, report
+from pipeline.beam import BEAM_ARGUMENTS
 from pipeline.config import Config, to_yaml
 from pipeline.create_pipeline import Places, create_pipeline, make_experiment
 from trainer_module import progress
@@ -32,13 +33,6 @@ from trainer_module.run_fn import LOGS
 from trainer_module.strategy import prepare
 from trainer_module.torch_weights import check_encoder
 
-# Newer Beam would otherwise choose Prism, which downloads a binary; and in memory it is several times faster than with
-# worker processes, each of which imports TensorFlow anew.
-BEAM_ARGUMENTS = [
-    "--runner=apache_beam.runners.portability.fn_api_runner.FnApiRunner",
-    "--direct_running_mode=in_memory",
-    "--direct_num_workers=1",
-]
 _RUN_ID = "pipeline-run-id"
 _EXECUTION = metadata_store_pb2.Execution
 
@@ -90,7 +84,7 @@ def _run(config: Config, images: str, home: Path, require_blessing: bool) -> int
     began = time.monotonic()
     runner = _Runner(finished)
     try:
-        runner.run(create_pipeline(config, images, places, connection, BEAM_ARGUMENTS))
+        runner.run(create_pipeline(config, images, places, connection, [*BEAM_ARGUMENTS]))
     except BaseException as error:
         _write(home / "result.json", report.failed(nodes, runner.current, error, time.monotonic() - began))
         raise

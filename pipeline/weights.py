@@ -7,7 +7,8 @@ import dataclasses
 
 import numpy as np
 
-from pipeline.embed import check_out, load_encoder
+from pipeline.embed import check_out
+from pipeline.embedding.encoder import load_encoder
 from trainer_module import torch_weights
 from trainer_module.errors import UserError
 

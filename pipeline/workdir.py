@@ -9,10 +9,14 @@ from trainer_module.errors import UserError
 
 
 @contextlib.contextmanager
-def opened(workdir: str) -> Iterator[Path]:
+def opened(workdir: str, option: str = "--workdir") -> Iterator[Path]:
     """Makes a working directory if it is missing, and keeps other runs out of it for the time of the context.
 
     The lock goes with the process, so a killed run leaves none behind.
+
+    Args:
+        workdir: its path.
+        option: by which the user names it.
 
     Raises:
         UserError: another run uses it.
@@ -23,5 +27,5 @@ def opened(workdir: str) -> Iterator[Path]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"another run uses {home}; wait for it, or give another --workdir") from None
+            raise UserError(f"another run uses {home}; wait for it, or give another {option}") from None
         yield home

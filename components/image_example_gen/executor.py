@@ -6,15 +6,11 @@ once to check and write them, and never held longer than that; the runner keeps 
 
 import bisect
 import collections
-import concurrent.futures
 import dataclasses
-import hashlib
 import json
 import math
-import os
-import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import apache_beam as beam
@@ -28,11 +24,10 @@ from tfx.utils import proto_utils
 from tfx.v1 import proto
 
 from components import disk
-from components.image_example_gen import codec, sources
+from components.image_example_gen import codec, finding, sources
 from components.image_example_gen.config import IngestConfig, NearDuplicates, from_json
 from components.image_example_gen.near_duplicates import Index, Prints
 from components.image_example_gen.parameters import unpack_parameters
-from trainer_module import progress
 from trainer_module.errors import UserError
 
 INGEST_FILE = "ingest.json"
@@ -40,7 +35,6 @@ NEAR_DUPLICATES_FILE = "near_duplicates.jsonl"
 QUARANTINE_FILE = "quarantine.jsonl"
 _SCRATCH = ".scratch"
 _BATCH = 64  # image files listed together, which one call reads with its threads
-_CHUNK = 8  # images that one thread checks before it is asked again
 _SPACE_MARGIN = 1.05
 
 Counts = dict[tuple[str, ...], int]
@@ -267,73 +261,31 @@ class FindAlike(beam.DoFn):
 
 
 def list_batches(src: str) -> Iterator[list[tuple[Any, ...]]]:
-    """Lists a source: images in batches, archives one by one, as plain tuples of `sources.File`."""
-    batch: list[tuple[Any, ...]] = []
-    for file in sources.list_files(src):
-        if sources.kind_of(file.relative) in (sources.Kind.tar, sources.Kind.tfrecord):
-            yield [_portable(file)]
-            continue
-        batch.append(_portable(file))
-        if len(batch) == _BATCH:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
-
-
-def _portable(file: sources.File) -> tuple[Any, ...]:
-    """A file whose names Beam can encode: what is no valid Unicode is passed as bytes."""
-    return (os.fsencode(file.path), os.fsencode(file.relative), file.size, file.changed)
-
-
-class _Ticker:
-    """Reports progress at most twice a second; one thread calls it."""
-
-    def __init__(self, task: str):
-        self._task = task
-        self._done = 0
-        self._next = 0.0
-
-    def add(self, count: int, total: int | None) -> None:
-        """Counts further images; the last of a known total is always reported."""
-        self._done += count
-        now = time.monotonic()
-        if now >= self._next or self._done == total:
-            self._next = now + 0.5
-            progress.report(self._task, self._done, total, "images")
+    """Lists a source: images in batches, archives one by one."""
+    return finding.batches(sources.list_files(src), _BATCH)
 
 
 class _ThreadedDoFn(beam.DoFn):
-    """A DoFn with threads: Pillow, hashing and reading all let go of Python's lock."""
+    """A DoFn with threads."""
 
     def __init__(self, job: Job):
         self._job = job
 
     def setup(self) -> None:
         """Starts the threads of this worker."""
-        self._pool = concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1))
-        self._ticker = _Ticker(self._task())
+        self._threads = finding.Threads()
+        self._ticker = finding.Ticker(self._task())
 
     def teardown(self) -> None:
         """Ends the threads."""
-        self._pool.shutdown()
+        self._threads.close()
 
     def _task(self) -> str:
         raise NotImplementedError
 
-    def _in_order(self, function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
-        """Like map(), in the same order, some items ahead, so that memory is bounded."""
-        pending: collections.deque[concurrent.futures.Future] = collections.deque()
-        for chunk in _chunks(items, _CHUNK):
-            pending.append(self._pool.submit(lambda chunk: [function(item) for item in chunk], chunk))
-            if len(pending) > 2 * min(8, os.cpu_count() or 1):
-                yield from pending.popleft().result()
-        while pending:
-            yield from pending.popleft().result()
-
 
 class Find(_ThreadedDoFn):
-    """Files to references with the hash of their bytes; their first bytes are checked, nothing is decoded.
+    """Files to references with the hash of their bytes; see `finding.Finder`.
 
     Input: a batch of `list_batches`. Main output: (SHA-256, packed Ref). Tagged: `bad` rows, `counts`.
     """
@@ -344,8 +296,8 @@ class Find(_ThreadedDoFn):
     def process(self, batch: list[tuple[Any, ...]]) -> Iterator[Any]:
         """See the class."""
         counts: Counts = collections.Counter()
-        for result in self._results([_restored(file) for file in batch]):
-            kind, value = result
+        finder = finding.Finder(self._job.config, self._job.scratch, self._threads)
+        for kind, value in finder.find(batch):
             counts[(kind,)] += 1
             if kind == "skipped":
                 continue
@@ -353,49 +305,6 @@ class Find(_ThreadedDoFn):
             self._ticker.add(1, None)
             yield value if kind == "ref" else beam.pvalue.TaggedOutput("bad", value)
         yield beam.pvalue.TaggedOutput("counts", dict(counts))
-
-    def _results(self, files: list[sources.File]) -> Iterator[tuple[str, Any]]:
-        """Judged items of files; archives are read from end to end, single images by many threads."""
-        if len(files) > 1:
-            for results in self._in_order(self._judge_file, files):
-                yield from results
-            return
-        file, trouble = self._unpacked(files[0])
-        for item in sources.read_file(file, self._job.config):
-            yield self._judge(item)
-        if trouble:
-            yield self._judge(sources.Bad(file.relative, "damaged_archive", trouble))
-
-    def _judge_file(self, file: sources.File) -> list[tuple[str, Any]]:
-        return [self._judge(item) for item in sources.read_file(file, self._job.config)]
-
-    def _judge(self, item: sources.Item) -> tuple[str, Any]:
-        """("ref", (sha, ref)), ("bad", row) or ("skipped", None)."""
-        if isinstance(item, sources.Skipped):
-            return "skipped", None
-        if isinstance(item, sources.Bad):
-            return "bad", (item.path, item.reason, item.detail, None)
-        sha = codec.sha256(item.data)
-        try:
-            codec.recognise(item.data)
-        except codec.BadImage as bad:
-            return "bad", (item.ref.path, bad.reason, bad.detail, sha)
-        return "ref", (bytes.fromhex(sha), pack_ref(item.ref))
-
-    def _unpacked(self, file: sources.File) -> tuple[sources.File, str | None]:
-        """The file itself, or where it is a compressed archive, an unpacked copy of it whose members can be read."""
-        is_archive = sources.kind_of(file.relative) in (sources.Kind.tar, sources.Kind.tfrecord)
-        if not is_archive or not sources.is_compressed(file.relative):
-            return file, None
-        name = hashlib.sha256(file.relative.encode("utf-8", "surrogateescape")).hexdigest()
-        path = f"{self._job.scratch}/unpacked/{name}"
-        try:
-            trouble = sources.unpack(file, path)
-        except OSError as error:
-            if disk.is_full(error):
-                raise
-            return file, str(error)
-        return file._replace(path=path), trouble
 
 
 class FirstCopy(beam.CombineFn):
@@ -427,7 +336,7 @@ class FirstCopy(beam.CombineFn):
 
     @staticmethod
     def _merge(left: tuple[str, int, bool], right: tuple[str, int, bool]) -> tuple[str, int, bool]:
-        differ = left[2] or right[2] or unpack_ref(left[0]).label != unpack_ref(right[0]).label
+        differ = left[2] or right[2] or finding.unpack_ref(left[0]).label != finding.unpack_ref(right[0]).label
         return min(left[0], right[0]), left[1] + right[1], differ
 
 
@@ -450,7 +359,9 @@ class WriteShard(_ThreadedDoFn):
         counts: Counts = collections.Counter()
         prints: list[tuple[int, str]] = []
         with tf.io.TFRecordWriter(scratch) as writer:
-            for record, size, label, bad in self._in_order(self._check, sorted(m for m in members if m is not None)):
+            for record, size, label, bad in self._threads.in_order(
+                self._check, sorted(m for m in members if m is not None)
+            ):
                 self._ticker.add(1, total)
                 if bad:
                     counts[("bad",)] += 1
@@ -469,11 +380,9 @@ class WriteShard(_ThreadedDoFn):
 
     def _check(self, member: tuple[bytes, str]) -> tuple[Any, int, str | None, tuple[Any, ...] | None]:
         """(record, bytes, label, None) of a good image, (None, 0, None, row) of a bad one."""
-        sha, ref = member[0].hex(), unpack_ref(member[1])
+        sha, ref = member[0].hex(), finding.unpack_ref(member[1])
         try:
-            data = sources.read_ref(ref)
-            if codec.sha256(data) != sha:
-                raise OSError("it changed while the images were read; run again")
+            data = finding.read_again(ref, sha)
             hashed = self._job.config.near_duplicates is not NearDuplicates.off
             image = codec.canonical(data, self._job.limits, hashed)
             if image.encoded is data:
@@ -544,27 +453,6 @@ def add_counts(many: Iterable[Counts]) -> Counts:
 # --- small stages
 
 
-def _restored(file: tuple[Any, ...]) -> sources.File:
-    """Undoes `_portable`."""
-    return sources.File(os.fsdecode(file[0]), os.fsdecode(file[1]), file[2], file[3])
-
-
-def pack_ref(ref: sources.Ref) -> str:
-    """A reference as one text, for the runner holds millions; texts sort by path, then by file.
-
-    A file that ends in the path, as single images do, is kept without it.
-    """
-    file = ref.file[: -len(ref.path)] if ref.file.endswith("/" + ref.path) else ref.file
-    return "\0".join((ref.path, file, str(ref.offset), str(ref.size), *(() if ref.label is None else (ref.label,))))
-
-
-def unpack_ref(packed: str) -> sources.Ref:
-    """Undoes `pack_ref`."""
-    path, file, offset, size, *label = packed.split("\0")
-    file += path if file.endswith("/") else ""
-    return sources.Ref(file, int(offset), int(size), path, label[0] if label else None)
-
-
 def _place(element: tuple[bytes, tuple[str, int, bool]], splits: Sequence[tuple[str, int]]) -> tuple[str, bytes, str]:
     """(sha, (ref, copies, conflict)) to (split, sha, ref)."""
     sha, (ref, _, _) = element
@@ -573,7 +461,7 @@ def _place(element: tuple[bytes, tuple[str, int, bool]], splits: Sequence[tuple[
 
 def _size(element: tuple[str, bytes, str]) -> tuple[str, tuple[int, int]]:
     """(split, sha, ref) to (split, (bytes, 1))."""
-    return element[0], (unpack_ref(element[2]).size, 1)
+    return element[0], (finding.unpack_ref(element[2]).size, 1)
 
 
 def _frames(element: tuple[str, tuple[int, int]], shard_mb: float) -> list[tuple[tuple[str, int], None]]:
@@ -634,19 +522,7 @@ def _path_if_wanted(
     sha, (ref, _, _) = element
     key = sha.hex().encode()
     if key in wanted:
-        yield key, unpack_ref(ref).path
-
-
-def _chunks(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
-    """Consecutive items in lists."""
-    chunk: list[Any] = []
-    for item in items:
-        chunk.append(item)
-        if len(chunk) == size:
-            yield chunk
-            chunk = []
-    if chunk:
-        yield chunk
+        yield key, finding.unpack_ref(ref).path
 
 
 # --- the files beside the splits

@@ -233,14 +233,67 @@ def survey(src: str) -> Survey:
     return Survey(f"files:{files},bytes:{size},sum:{total:064x}", files, size, packed)
 
 
+def sorted_files(src: str) -> list[File]:
+    """A source's files in the order of their names.
+
+    Raises:
+        UserError: see `list_files`.
+    """
+    return sorted(list_files(src), key=lambda file: file.relative)
+
+
 def read_images(src: str, config: IngestConfig) -> Iterator[Item]:
     """Reads every image of a source in one pass, files in the order of their names; holds the listing alone.
 
     Raises:
         UserError: see `list_files`.
     """
-    for file in sorted(list_files(src), key=lambda file: file.relative):
+    for file in sorted_files(src):
         yield from read_file(file, config)
+
+
+def read_named(src: str, paths: Iterable[str], config: IngestConfig) -> Iterator[Found]:
+    """Reads images of a source by their paths, as far as they are there, without listing it.
+
+    Args:
+        src: see `list_files`.
+        paths: of images, as their references tell them.
+        config: that they were found with.
+    """
+    wanted: dict[File, set[str]] = {}
+    for path in paths:
+        if file := _holder(src, path):
+            wanted.setdefault(file, set()).add(path)
+    for file, names in wanted.items():
+        for item in read_file(file, config):
+            if isinstance(item, Found) and item.ref.path in names:
+                yield item
+                names.remove(item.ref.path)
+            if not names:
+                break
+
+
+def _holder(src: str, path: str) -> File | None:
+    """The file of a source that is an image, or the archive that holds it, by the image's path."""
+    base = _base(src)
+    parts = path.split("/")
+    for depth in range(1, len(parts) + 1):
+        relative = "/".join(parts[:depth])
+        if depth == len(parts) or kind_of(relative) in (Kind.tar, Kind.tfrecord):
+            try:
+                with open_file(f"{base}/{relative}") as file:
+                    return File(f"{base}/{relative}", relative, file.seek(0, os.SEEK_END), 0)
+            except OSError:
+                continue
+    return None
+
+
+def _base(src: str) -> str:
+    """The folder that paths of a source are relative to."""
+    is_one_file = kind_of(src) is not Kind.other if is_remote(src) else os.path.isfile(src)
+    if _WILDCARD.search(src) and (is_remote(src) or not os.path.exists(src)):
+        return _fixed_part(src)
+    return src.rpartition("/")[0] if is_one_file else src.rstrip("/")
 
 
 def read_file(file: File, config: IngestConfig) -> Iterator[Item]:

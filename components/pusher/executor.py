@@ -1,6 +1,5 @@
 """Publishes a blessed model as a whole or not at all."""
 
-import hashlib
 import json
 import os
 import tempfile
@@ -15,6 +14,7 @@ from tfx.utils import io_utils, json_utils, proto_utils
 
 from components.model_card.card import JSON_FILE, MARKDOWN_FILE, PAGE_FILE
 from components.pusher import publish
+from components.pusher.digest import digest
 from components.pusher.pointer import CARD_FILE, DIGEST
 from trainer_module import progress
 from trainer_module.errors import UserError
@@ -56,7 +56,7 @@ class Executor(executor.Executor):
         io_utils.copy_dir(model_path, pushed_model.uri)
         cards = input_dict.get(MODEL_CARD)
         card_uri = artifact_utils.get_single_uri(cards) if cards else None
-        _write_card(pushed_model.uri, _digest(model_path), card_uri)
+        _write_card(pushed_model.uri, digest(model_path), card_uri)
         base = _base_directory(exec_properties)
         destination = push(pushed_model.uri, base)
         _keep(base, _custom_config(exec_properties).get(KEEP, 0))
@@ -122,16 +122,3 @@ def _base_directory(exec_properties: dict[str, Any]) -> str:
     if destination.WhichOneof("destination") != "filesystem":
         raise NotImplementedError(f"push destination {destination} is not a file system")
     return destination.filesystem.base_directory
-
-
-def _digest(model_path: str) -> str:
-    """SHA-256 over the names and contents of a model's files."""
-    digest = hashlib.sha256()
-    for folder, folders, files in fileio.walk(model_path):
-        folders.sort()
-        for name in sorted(files):
-            path = os.path.join(folder, name)
-            with fileio.open(path, "rb") as file:
-                content = hashlib.sha256(file.read()).hexdigest()
-            digest.update(f"{os.path.relpath(path, model_path)}\0{content}\n".encode())
-    return digest.hexdigest()

@@ -9,10 +9,9 @@ import ast
 import importlib
 import inspect
 import json
-import os
 from pathlib import Path
 
-from pipeline import console
+from pipeline import console, outputs
 from trainer_module.errors import UserError
 
 
@@ -33,10 +32,7 @@ def run(name: str, json_file: str | None, out: str | None = None) -> None:
     Raises:
         UserError: the folder of `json_file` is missing, or the benchmark needs no `out`.
     """
-    if json_file and not Path(json_file).absolute().parent.is_dir():
-        raise UserError(f"--json {json_file}: the folder {Path(json_file).parent} does not exist; make it first")
-    if json_file and Path(json_file).is_dir():
-        raise UserError(f"--json {json_file}: is a folder; name a file, e.g. --json {Path(json_file) / 'figures.json'}")
+    outputs.check("--json", json_file, "figures.json")
     measure = importlib.import_module(f"{__name__}.{name}").measure
     if out and "out" not in inspect.signature(measure).parameters:
         raise UserError(f"--out {out}: the benchmark {name} only prints figures; leave --out away, or take --json")
@@ -44,13 +40,7 @@ def run(name: str, json_file: str | None, out: str | None = None) -> None:
     for figure, value in figures.items():
         console.line(f"{figure:<44} {value:>14,.3f}")
     if json_file:
-        _write(Path(json_file), json.dumps({"benchmark": name, "figures": figures}, indent=2) + "\n")
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+        outputs.write(json_file, json.dumps({"benchmark": name, "figures": figures}, indent=2) + "\n")
 
 
 def _summary(path: Path) -> str:

@@ -2,19 +2,16 @@
 
 import dataclasses
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from pipeline import console
+from pipeline import console, outputs
 from pipeline.config import Config
 from pipeline.tpu.analysis import Compiled, Compiler, Refused, Request, request_for
 from pipeline.tpu.chips import Topology
 from pipeline.tpu.fit import Fit, largest_batch
 from pipeline.tpu.hlo import PARTS
 from trainer_module.config import share_unit
-from trainer_module.errors import UserError
 
 _GIB, _MB = 2**30, 1e6
 
@@ -83,16 +80,14 @@ def run(
                 console.line(text)
             reports.append(as_json(request, topology, result, found))
     if json_file:
-        _write(Path(json_file), {"name": config.name, "reports": reports})
+        document = {"name": config.name, "reports": reports}
+        outputs.write(json_file, json.dumps(document, indent=2) + "\n")
     return all(report["compiles"] for report in reports)
 
 
 def check_file(json_file: str | None) -> None:
     """Refuses a place that cannot be written to before anything is computed."""
-    if json_file and not Path(json_file).absolute().parent.is_dir():
-        raise UserError(f"--json {json_file}: the folder {Path(json_file).parent} does not exist; make it first")
-    if json_file and Path(json_file).is_dir():
-        raise UserError(f"--json {json_file}: is a folder; name a file, e.g. --json {Path(json_file) / 'report.json'}")
+    outputs.check("--json", json_file, "report.json")
 
 
 def _fit(compiler: Compiler, request: Request, topology: Topology) -> Fit:
@@ -253,9 +248,3 @@ def as_json(request: Request, topology: Topology, result: Compiled | Refused, fi
         "versions": result.versions,
         "compile_seconds": result.seconds,
     }
-
-
-def _write(path: Path, value: Any) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(path)

@@ -14,7 +14,7 @@ from pipeline import bench, cli
 from trainer_module.errors import UserError
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = ["demo", "run", "test", "embed", "weights", "publish", "bench", "tpu-report"]
+COMMANDS = ["demo", "run", "test", "embed", "search", "weights", "publish", "bench", "tpu-report"]
 HEAVY = ("jax", "tensorflow", "tfx", "apache_beam", "pandas", "keras", "ml_metadata", "pyarrow")
 
 
@@ -70,6 +70,8 @@ def test_the_help_of_bench_lists_the_benchmarks_that_there_are(capsys):
         ["--help"],
         ["run", "--help"],
         ["embed", "--help"],
+        ["search", "--help"],
+        ["search", "--index", "/nowhere.parquet", "--query", "x.png"],
         ["weights", "--help"],
         ["weights", "--model", "x", "--out", "y.pth"],
         ["weights", "--model", "/nowhere", "--out", "y.npz"],
@@ -105,7 +107,7 @@ def test_help_and_refusals_import_nothing_heavy(arguments):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ([], ["no command", "demo, run, test, embed, weights, publish, bench, tpu-report"]),
+        ([], ["no command", "demo, run, test, embed, search, weights, publish, bench, tpu-report"]),
         (["rnu"], ["'rnu'", "did you mean run?"]),
         (["--debgu"], ["--debgu", "the command comes first"]),
         (["run"], ["--images", "--workdir", "./moco run --help"]),
@@ -115,6 +117,9 @@ def test_help_and_refusals_import_nothing_heavy(arguments):
         (["demo", "--seed", "many"], ["seed=many", "not an integer"]),
         (["demo", "extra"], ["demo takes no extra"]),
         (["embed", "--model", "a", "--images", "b", "--out", "c", "--batch", "z"], ["--batch", "'z'"]),
+        (["search", "--index", "/nowhere.parquet", "--query", "x"], ["/nowhere.parquet", "./moco embed"]),
+        (["search", "--index", "x", "--query", "y", "-k", "0"], ["-k 0", "at least 1"]),
+        (["search", "--index", "x"], ["--query", "./moco search --help"]),
         (["publish", "--list"], ["--to", "./moco publish --help"]),
         (["publish", "--to", "x"], ["--model", "--list", "--rollback", "--keep"]),
         (["publish", "--to", "x", "--list", "--keep", "3"], ["--keep", "not allowed with", "--list"]),

@@ -1,6 +1,7 @@
 """./moco embed: one row for each image of a source, whatever the image, through a real SavedModel."""
 
 import hashlib
+import io
 import os
 import shutil
 import tarfile
@@ -11,56 +12,15 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import tensorflow as tf
+from colours import D
+from PIL import Image
 
+from components.image_example_gen import codec
 from components.pusher import publish
-from pipeline.embed import Encoder, Summary, embed, load_encoder
+from pipeline.embed import Summary, embed, load_encoder
+from pipeline.embedding.index import open_index
+from pipeline.embedding.table import About
 from trainer_module.errors import UserError
-
-D = 5
-
-
-class Colours(tf.Module):
-    """Embeds an image as D fixed mixtures of its mean colour, of unit length; refuses an image of 9 pixels width."""
-
-    def __init__(self):
-        mixture = np.random.default_rng(0).normal(size=(3, D)).astype(np.float32)
-        self.mixture = tf.Variable(mixture)
-
-    @tf.function(input_signature=[tf.TensorSpec([None], tf.string, name="image_bytes")])
-    def serving_default(self, image_bytes):
-        means = tf.map_fn(self.mean, image_bytes, fn_output_signature=tf.TensorSpec([3], tf.float32))
-        return {"embedding": tf.math.l2_normalize(means @ self.mixture, axis=1)}
-
-    @tf.function(input_signature=[tf.TensorSpec([None], tf.float32)])
-    def other(self, x):
-        return {"y": x}
-
-    def mean(self, encoded):
-        image = tf.io.decode_image(encoded, channels=3, expand_animations=False)
-        tf.debugging.assert_none_equal(tf.shape(image)[1], 9, message="nine is refused")
-        return tf.reduce_mean(tf.cast(image, tf.float32), [0, 1]) / 255 + 1e-3
-
-    def expected(self, encoded: bytes) -> np.ndarray:
-        vector = self.mean(encoded).numpy() @ self.mixture.numpy()
-        return vector / np.linalg.norm(vector)
-
-
-@pytest.fixture(scope="module")
-def colours() -> Colours:
-    return Colours()
-
-
-@pytest.fixture(scope="module")
-def pushed(colours, tmp_path_factory) -> Path:
-    """A folder of versions: 7 is the newest complete one; 12 lacks its variables and 30 its graph."""
-    folder = tmp_path_factory.mktemp("models")
-    tf.saved_model.save(colours, str(folder / "7"), signatures={"serving_default": colours.serving_default})
-    shutil.copytree(folder / "7", folder / "3")
-    shutil.copytree(folder / "7", folder / "12")
-    (folder / "12" / "variables" / "variables.index").unlink()
-    (folder / "30" / "variables").mkdir(parents=True)
-    (folder / ".pushing-99").mkdir()
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -152,25 +112,105 @@ def test_images_that_are_all_bad_still_give_their_rows(tmp_path, pushed):
     assert np.load(tmp_path / "out.npz")["embedding"].shape == (1, D)
 
 
-def test_the_file_appears_when_it_is_whole_and_not_before(tmp_path, pushed, source, monkeypatch):
-    out = tmp_path / "out"
-    out.mkdir()
-    (out / "a.parquet").write_text("the old one")
-    calls = []
+def test_the_rows_are_in_the_order_of_the_names_and_of_the_archives(tmp_path, pushed, pictures):
+    source = tmp_path / "source"
+    (source / "b").mkdir(parents=True)
+    for name in ("z.png", "a.png", "b/1.png", "c.png", "c0.png"):
+        (source / name).write_bytes(pictures[0])
+    with tarfile.open(source / "b.tar", "w") as tar:
+        for name in ("z/2.png", "a/1.png"):
+            add(tar, name, pictures[1])
+    embed(str(pushed), str(source), str(tmp_path / "out.parquet"), batch=2, shard_rows=2)
+    table = pq.read_table(tmp_path / "out.parquet")
+    wanted = ["a.png", "b.tar/z/2.png", "b.tar/a/1.png", "b/1.png", "c.png", "c0.png", "z.png"]
+    assert table["path"].to_pylist() == wanted
+    assert table["label"].to_pylist() == [None, "z", "a", "b", None, None, None]
 
-    def fail_at_the_second(_, encoded):
-        calls.append(len(encoded))
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return [np.zeros(D, np.float32)] * len(encoded)
 
-    monkeypatch.setattr(Encoder, "__call__", fail_at_the_second)
-    for name in ("a.parquet", "b.npz"):
-        calls.clear()
-        with pytest.raises(KeyboardInterrupt):
-            embed(str(pushed), str(source), str(out / name), batch=3)
-    assert os.listdir(out) == ["a.parquet"]
-    assert (out / "a.parquet").read_text() == "the old one"
+def add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(data)
+    tar.addfile(member, io.BytesIO(data))
+
+
+THREADS = ("--direct_num_workers=3", "--direct_running_mode=multi_threading")
+
+
+@pytest.mark.parametrize(
+    ("suffix", "runs"),
+    [(".npz", [(3, ()), (1000, ())]), (".parquet", [(1, ()), (6, ()), (1000, ()), (3, THREADS)])],
+)
+def test_the_bytes_do_not_depend_on_shards_or_bundles(tmp_path, pushed, source, pictures, suffix, runs):
+    with tarfile.open(source / "flags.tar", "w") as tar:
+        for number in range(7):
+            add(tar, f"{number}/x.png", pictures[number])
+        add(tar, "readme", b"takes a place and gives no row")
+        add(tar, "9/x.png", pictures[0])
+    written = set()
+    for shard_rows, arguments in runs:
+        out = tmp_path / f"out{suffix}"
+        embed(str(pushed), str(source), str(out), 3, arguments, shard_rows)
+        written.add(out.read_bytes())
+    assert len(written) == 1
+
+
+FORMATS = {
+    "plain.jpg": ("JPEG", "RGB", {}),
+    "cmyk.jpg": ("JPEG", "CMYK", {}),
+    "grey.jpg": ("JPEG", "L", {}),
+    "turned.jpg": ("JPEG", "RGB", {"exif": b"Exif\0\0MM\0*\0\0\0\b\0\1\1\x12\0\3\0\0\0\1\0\6\0\0\0\0\0\0"}),
+    "plain.png": ("PNG", "RGB", {}),
+    "alpha.png": ("PNG", "RGBA", {}),
+    "palette.png": ("PNG", "P", {}),
+    "wide.png": ("PNG", "I;16", {}),
+    "moving.gif": ("GIF", "P", {}),
+    "plain.bmp": ("BMP", "RGB", {}),
+    "plain.webp": ("WEBP", "RGB", {"lossless": True}),
+    "alpha.webp": ("WEBP", "RGBA", {"lossless": True}),
+}
+
+
+def test_every_format_gets_the_embedding_that_the_served_signature_gives_and_when_broken_an_error(tmp_path, pushed):
+    source = tmp_path / "source"
+    source.mkdir()
+    pixels = np.random.default_rng(1).integers(0, 256, (3, 4, 4), np.uint8)
+    picture = Image.fromarray(pixels, "RGBA").resize((30, 20))
+    whole, broken = {}, set()
+    for name, (kind, mode, options) in FORMATS.items():
+        image = Image.fromarray(np.full((20, 30), 40_000, np.uint16)) if mode == "I;16" else picture.convert("RGB")
+        stream = io.BytesIO()
+        (picture if mode == "RGBA" else image if mode == "I;16" else image.convert(mode)).save(stream, kind, **options)
+        whole[name] = stream.getvalue()
+        (source / name).write_bytes(whole[name])
+        (source / f"torn {name}").write_bytes(whole[name][: len(whole[name]) // 2])
+        broken.add(f"torn {name}")
+    for name, data in {
+        "empty.jpg": b"",
+        "text.gif": b"no image",
+        "photo.heic": b"\0\0\0\x18ftypheic" + bytes(40),
+    }.items():
+        (source / name).write_bytes(data)
+        broken.add(name)
+    embed(str(pushed), str(source), str(tmp_path / "out.parquet"))
+    rows = read(tmp_path / "out.parquet")
+    assert set(rows) == {*whole, *broken}
+    assert {name for name, row in rows.items() if row["error"]} == broken
+    signature = tf.saved_model.load(str(pushed / "7")).signatures["serving_default"]
+    for name, data in whole.items():
+        canonical = codec.canonical(data, codec.Limits(10**6, 8)).encoded
+        served = signature(image_bytes=tf.constant([canonical]))["embedding"].numpy()[0]
+        np.testing.assert_allclose(rows[name]["embedding"], served, atol=1e-5)
+    # What TensorFlow reads just as it is, a client may send just as it is.
+    for name in ("plain.jpg", "grey.jpg", "plain.png", "plain.bmp", "moving.gif"):
+        served = signature(image_bytes=tf.constant([whole[name]]))["embedding"].numpy()[0]
+        np.testing.assert_allclose(rows[name]["embedding"], served, atol=1e-5)
+
+
+def test_a_file_says_what_made_it(tmp_path, pushed, source):
+    for name in ("out.npz", "out.parquet"):
+        embed(str(pushed), str(source), str(tmp_path / name))
+        about = open_index(str(tmp_path / name)).about
+        assert about == About(str(pushed / "7"), load_encoder(str(pushed / "3")).sha256, D, str(source))
 
 
 def test_the_summary_is_one_line():
@@ -178,6 +218,8 @@ def test_the_summary_is_one_line():
         str(Summary(2226, 3, 128, 511.6, "x.parquet"))
         == "embedded 2,226 images (3 errors) to x.parquet, 128-d, 512 images/s"
     )
+    kept = str(Summary(2226, 0, 128, 511.6, "x.parquet", 1024))
+    assert kept == "embedded 2,226 images to x.parquet, 128-d, 512 images/s, 1,024 of them by an earlier start"
     assert str(Summary(1, 0, 8, 2.0, "x.npz")) == "embedded 1 images to x.npz, 8-d, 2 images/s"
 
 
@@ -240,16 +282,20 @@ def test_a_model_that_is_none_is_refused(tmp_path, pushed, colours):
 
 def test_an_out_that_cannot_be_written_is_refused(tmp_path, pushed, source):
     (tmp_path / "folder.npz").mkdir()
+    (source / "plain.png").write_bytes(b"")
     for out, reason in {
         "out.csv": "must end in .npz or .parquet",
+        "source/plain.png/": "is a file",
+        "nowhere/out/": "does not exist",
         "out": "must end in",
         "nowhere/out.npz": "does not exist",
         "folder.npz": "is a folder",
     }.items():
         with pytest.raises(UserError, match=reason):
-            embed(str(pushed), str(source), str(tmp_path / out))
-    with pytest.raises(UserError, match="on this machine"):
-        embed(str(pushed), str(source), "gs://bucket/out.npz")
+            embed(str(pushed), str(source), f"{tmp_path}/{out}")
+    for out in ("gs://bucket/out.npz", "s3://bucket/out/"):
+        with pytest.raises(UserError, match="on this machine"):
+            embed(str(pushed), str(source), out)
 
 
 def test_a_batch_of_none_and_a_source_without_images_are_refused(tmp_path, pushed, source):
@@ -261,4 +307,4 @@ def test_a_batch_of_none_and_a_source_without_images_are_refused(tmp_path, pushe
     (tmp_path / "texts" / "a.txt").write_text("none of ours")
     with pytest.raises(UserError, match="no images"):
         embed(str(pushed), str(tmp_path / "texts"), str(tmp_path / "out.npz"))
-    assert not (tmp_path / "out.npz").exists()
+    assert sorted(os.listdir(tmp_path)) == ["source", "texts"]

@@ -24,7 +24,7 @@ from tfx.types import standard_artifacts
 from tfx.utils import proto_utils
 
 from components import disk
-from components.image_example_gen import buckets, codec, component, executor, near_duplicates, sources
+from components.image_example_gen import buckets, codec, component, executor, finding, near_duplicates, sources
 from components.image_example_gen.component import ImageExampleGen
 from components.image_example_gen.config import IngestConfig, Labels, NearDuplicates
 from trainer_module.errors import UserError
@@ -362,8 +362,8 @@ refs = st.builds(
 def test_a_reference_survives_its_packing(ref: sources.Ref, folder: str) -> None:
     ref = ref._replace(file="/" + ref.file.rstrip("/") + ".tar")
     single = ref._replace(file=f"/{folder}/{ref.path}x", path=f"{ref.path}x")
-    assert executor.unpack_ref(executor.pack_ref(ref)) == ref
-    assert executor.unpack_ref(executor.pack_ref(single)) == single
+    assert finding.unpack_ref(finding.pack_ref(ref)) == ref
+    assert finding.unpack_ref(finding.pack_ref(single)) == single
 
 
 @settings(max_examples=200, deadline=None)
@@ -378,13 +378,13 @@ def test_duplicates_merge_alike_in_any_order_and_grouping(
         for part in parts:
             accumulator = combine.create_accumulator()
             for ref in part:
-                accumulator = combine.add_input(accumulator, executor.pack_ref(ref))
+                accumulator = combine.add_input(accumulator, finding.pack_ref(ref))
             accumulators.append(accumulator)
         return combine.extract_output(combine.merge_accumulators(accumulators))
 
     ref, copies, conflict = merged([found])
     assert copies == len(found)
-    assert executor.unpack_ref(ref).path == min(one.path for one in found)
+    assert finding.unpack_ref(ref).path == min(one.path for one in found)
     assert conflict == (len({one.label for one in found}) > 1)
     shuffled = shuffler.sample(found, len(found))
     assert merged([found]) == merged([shuffled[:cut], shuffled[cut:]])

@@ -74,11 +74,14 @@ def read(src: object, config: IngestConfig = CONFIG) -> list[sources.Item]:
 
 
 def labels(src: object, config: IngestConfig = CONFIG) -> dict[str, str | None]:
-    """Path to label of all images; also proves that each reference leads back to the bytes."""
+    """Path to label of all images; also proves that each reference, and each path, leads back to the bytes."""
     found = [item for item in read(src, config) if isinstance(item, Found)]
     for item in found:
         if not sources.is_compressed(item.ref.file):
             assert sources.read_ref(item.ref) == item.data
+    joined = sources.join_pattern(*sources.split_pattern(str(src)))
+    named = {item.ref.path: item.data for item in sources.read_named(joined, [item.ref.path for item in found], config)}
+    assert named == {item.ref.path: item.data for item in found}
     return {item.ref.path: item.ref.label for item in found}
 
 
@@ -89,6 +92,15 @@ def test_the_first_folder_level_is_the_label_whatever_the_depth(tmp_path: pathli
     assert labels(tmp_path) == expected
     assert labels(f"{tmp_path}/") == expected
     assert set(labels(tmp_path, IngestConfig(labels=Labels.none)).values()) == {None}
+
+
+def test_images_that_are_named_are_read_as_far_as_they_are_there(tmp_path: pathlib.Path) -> None:
+    write(tmp_path / "a" / "x.png", png(1))
+    write_tar(tmp_path / "b.tar", {"c/y.png": png(2), "c/z.png": png(3)})
+    (tmp_path / "folder.tar" / "x.png").mkdir(parents=True)
+    names = ["a/x.png", "b.tar/c/z.png", "b.tar/c/gone.png", "a/gone.png", "gone.tar/x.png", "folder.tar/x.png", "a"]
+    found = sources.read_named(str(tmp_path), names, CONFIG)
+    assert {item.ref.path: item.data for item in found} == {"a/x.png": png(1), "b.tar/c/z.png": png(3)}
 
 
 def test_a_flat_folder_is_unlabelled(tmp_path: pathlib.Path) -> None:
