@@ -18,6 +18,9 @@ from pipeline.serving.rest import RestServer
 from pipeline.serving.service import Service
 from pipeline.serving.versions import Versions
 
+# Each signature's first call makes its executor; another number of rows shows the model that it varies.
+_WARM_ROWS = (1, 2)
+
 
 class App:
     """One server."""
@@ -73,5 +76,5 @@ class App:
 
     def _load(self, folder: str, version: int) -> Model:
         model = Model(folder, version, ImageLimits.of(self._config), self._decoders)
-        model.warm_up(sorted({1, min(8, self._config.max_batch), self._config.max_batch}))
+        model.warm_up(_WARM_ROWS)
         return model
