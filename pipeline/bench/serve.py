@@ -22,6 +22,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
+import psutil
 
 from pipeline import console
 from pipeline.bench.ingest import SAMPLE
@@ -63,7 +64,8 @@ def measure() -> dict[str, float]:
         For each model and each load ("64x1": 64 clients, one image a request), of the server and of the bare loop with
         batches of as many images as all clients have on their way, at most 64:
         images_per_second, p50_ms, p95_ms, p99_ms; ratio of the images per second; ms_over_bare, the difference of the
-        medians; client_cpu, the cores that the clients took. ready_seconds: from the start of `./moco serve` to its
+        medians; cpu_ms_per_image, processor time, which other load on the machine changes less, and cpu_ratio, the bare
+        loop's over the server's; client_cpu, the cores that the clients took. ready_seconds: from the start of `./moco serve` to its
         first answer. rss_mb_first, rss_mb, rss_ratio: the server's memory after 1,000 and after 100,000 requests.
     """
     figures: dict[str, float] = {}
@@ -78,13 +80,16 @@ def _measure(subject: Subject, folder: pathlib.Path) -> dict[str, float]:
     model = folder / "1"
     _run("make", subject.preset, str(subject.side), str(model))
     figures: dict[str, float] = {}
-    with _server(model) as (target, _, ready):
+    with _server(model) as (target, process, ready):
         figures["ready_seconds"] = ready
+        _run("load", target, str(model), "2", "1", "2", "0")
         for clients, rows in _LOADS:
             together = str(min(64, clients * rows))
             console.line(f"{subject.preset}: {clients} clients, {rows} images a request")
             before = _run("bare", str(model), together, str(subject.seconds / 2))
+            cpu = _cpu_seconds(process)
             found = _run("load", target, str(model), str(clients), str(rows), str(subject.seconds), "0")
+            found["cpu_ms_per_image"] = 1000 * (_cpu_seconds(process) - cpu) / found.pop("images")
             after = _run("bare", str(model), together, str(subject.seconds / 2))
             bare = max((before, after), key=lambda one: one["images_per_second"])
             load = f"{clients}x{rows}"
@@ -92,6 +97,7 @@ def _measure(subject: Subject, folder: pathlib.Path) -> dict[str, float]:
             figures |= {f"{load}_bare_{key}": value for key, value in bare.items()}
             figures[f"{load}_ratio"] = found["images_per_second"] / bare["images_per_second"]
             figures[f"{load}_ms_over_bare"] = found["p50_ms"] - bare["p50_ms"]
+            figures[f"{load}_cpu_ratio"] = bare["cpu_ms_per_image"] / found["cpu_ms_per_image"]
     if subject.requests:
         figures |= _memory(subject, model)
     return figures
@@ -103,7 +109,7 @@ def _memory(subject: Subject, model: pathlib.Path) -> dict[str, float]:
         rss = []
         for requests in (_FIRST_REQUESTS, subject.requests - _FIRST_REQUESTS):
             _run("load", target, str(model), "64", "1", "3600", str(requests))
-            rss.append(_rss_mb(process.pid))
+            rss.append(psutil.Process(process.pid).memory_info().rss / 2**20)
     return {"rss_mb_first": rss[0], "rss_mb": rss[1], "rss_ratio": rss[1] / rss[0]}
 
 
@@ -125,11 +131,9 @@ def _server(model: pathlib.Path) -> Iterator[tuple[str, subprocess.Popen, float]
         process.wait()
 
 
-def _rss_mb(process: int) -> float:
-    for line in pathlib.Path(f"/proc/{process}/status").read_text(encoding="ascii").splitlines():
-        if line.startswith("VmRSS:"):
-            return int(line.split()[1]) / 1024
-    raise RuntimeError(f"/proc/{process}/status has no VmRSS")
+def _cpu_seconds(process: subprocess.Popen) -> float:
+    times = psutil.Process(process.pid).cpu_times()
+    return times.user + times.system
 
 
 def _run(*arguments: str) -> dict[str, float]:
@@ -215,12 +219,16 @@ def _bare(model: pathlib.Path, rows: int, seconds: float) -> dict[str, float]:
     images = np.load(_images_of(model), allow_pickle=True)
     batches = [tf.constant(images[at : at + rows], tf.string) for at in range(0, len(images), rows)]
     times = []
-    for batch in itertools.chain(batches[:2], _until(seconds, itertools.cycle(batches))):
+    for batch in batches[:2]:
+        signature(image_bytes=batch)
+    cpu = time.process_time()
+    for batch in _until(seconds, itertools.cycle(batches)):
         start = time.perf_counter()
         signature(image_bytes=batch)["embedding"].numpy()
         times.append(time.perf_counter() - start)
-    del loaded
-    return _summary(times[2:], rows, sum(times[2:]))
+    spent = time.process_time() - cpu
+    del loaded  # the signature alone does not keep its variables
+    return {**_summary(times, rows, sum(times)), "cpu_ms_per_image": 1000 * spent / len(times) / rows}
 
 
 def _until(seconds: float, items: Iterator[Any]) -> Iterator[Any]:
@@ -231,11 +239,11 @@ def _until(seconds: float, items: Iterator[Any]) -> Iterator[Any]:
 def _load(target: str, model: pathlib.Path, clients: int, rows: int, seconds: float, requests: int) -> dict[str, float]:
     """Sends requests from so many clients, each of which waits for its answer before it sends the next."""
     bodies = np.load(_requests_of(model, rows), allow_pickle=True).tolist()
-    asyncio.run(_send(target, bodies, min(2, clients), 2.0, 0))
     cpu, start = time.process_time(), time.perf_counter()
     times = asyncio.run(_send(target, bodies, clients, seconds, requests))
     took = time.perf_counter() - start
-    return {**_summary(times, rows, took), "client_cpu": (time.process_time() - cpu) / took}
+    spent = time.process_time() - cpu
+    return {**_summary(times, rows, took), "client_cpu": spent / took, "images": len(times) * rows}
 
 
 async def _send(target: str, bodies: Sequence[bytes], clients: int, seconds: float, requests: int) -> list[float]:
