@@ -61,12 +61,12 @@ def measure() -> dict[str, float]:
     """Measures both encoders.
 
     Returns:
-        For each model and each load ("64x1": 64 clients, one image a request), of the server and of the bare loop with
-        batches of as many images as all clients have on their way, at most 64:
-        images_per_second, p50_ms, p95_ms, p99_ms; ratio of the images per second; ms_over_bare, the difference of the
-        medians; cpu_ms_per_image, processor time, which other load on the machine changes less, and cpu_ratio, the bare
-        loop's over the server's; client_cpu, the cores that the clients took. ready_seconds: from the start of `./moco serve` to its
-        first answer. rss_mb_first, rss_mb, rss_ratio: the server's memory after 1,000 and after 100,000 requests.
+        For each model and each load ("64x1": 64 clients, one image a request), of the server, and of the bare loop with
+        batches of as many images as all clients have on their way, at most 64: images_per_second, p50_ms, p95_ms,
+        p99_ms, and cpu_ms_per_image, processor time, which other load on the machine changes less. ratio, of the images
+        per second; cpu_ratio, of the bare loop's processor time over the server's; ms_over_bare, of the medians.
+        client_cpu: the cores that the clients took. ready_seconds: from the start of `./moco serve` until it answers.
+        rss_mb_first, rss_mb, rss_ratio: the server's memory after 1,000 and after 100,000 requests.
     """
     figures: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:

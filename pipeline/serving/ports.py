@@ -19,11 +19,15 @@ def bind_rest(config: ServeConfig) -> list[socket.socket]:
     Raises:
         UserError: the port cannot be had.
     """
+    return _bind("--rest-port", config.host, config.rest_port)
+
+
+def _bind(option: str, host: str, port: int) -> list[socket.socket]:
     try:
-        return netutil.bind_sockets(config.rest_port, config.host)
+        return netutil.bind_sockets(port, host)
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
-        raise UserError(f"--rest-port {config.rest_port} on {config.host}: {reason}; choose another") from error
+        raise UserError(f"{option} {port} on {host}: {reason}; choose another") from error
 
 
 def bind_grpc(config: ServeConfig) -> tuple[grpc.aio.Server, int]:
@@ -32,6 +36,9 @@ def bind_grpc(config: ServeConfig) -> tuple[grpc.aio.Server, int]:
     Raises:
         UserError: the port cannot be had.
     """
+    # gRPC says in many lines of its own why it cannot have a port, so it is tried first.
+    for tried in _bind("--grpc-port", config.host, config.grpc_port):
+        tried.close()
     options = [
         ("grpc.max_receive_message_length", config.max_request_bytes + _FRAME),
         ("grpc.max_send_message_length", -1),
@@ -40,13 +47,7 @@ def bind_grpc(config: ServeConfig) -> tuple[grpc.aio.Server, int]:
     ]
     server = grpc.aio.server(options=options, maximum_concurrent_rpcs=config.max_queue)
     host = f"[{config.host}]" if ":" in config.host else config.host
-    try:
-        return server, server.add_insecure_port(f"{host}:{config.grpc_port}")
-    except RuntimeError as error:
-        raise UserError(
-            f"--grpc-port {config.grpc_port} on {config.host}: cannot be listened at, perhaps because it is in use; "
-            "choose another"
-        ) from error
+    return server, server.add_insecure_port(f"{host}:{config.grpc_port}")
 
 
 def allow_many_files() -> None:

@@ -166,12 +166,20 @@ def _leaves(leaves: list[Any], spec: Spec, where: str) -> np.ndarray:
         array[:] = [_bytes(leaf, f"{where}[{index}]") for index, leaf in enumerate(leaves)]
         return array
     try:
-        array = np.array(leaves, spec.dtype)
+        array = np.array(leaves, np.float64 if spec.dtype.kind == "f" else np.int64)
     except OverflowError:
         raise _lossy(where, spec) from None
-    if spec.dtype.kind == "f" and not np.isfinite(array).all():
+    if array.size and spec.dtype.kind != "b" and not (_least(spec) <= array.min() and array.max() <= _most(spec)):
         raise _lossy(where, spec)
-    return array
+    return array.astype(spec.dtype)
+
+
+def _most(spec: Spec) -> float:
+    return np.finfo(spec.dtype).max if spec.dtype.kind == "f" else np.iinfo(spec.dtype).max
+
+
+def _least(spec: Spec) -> float:
+    return np.finfo(spec.dtype).min if spec.dtype.kind == "f" else np.iinfo(spec.dtype).min
 
 
 def _lossy(where: str, spec: Spec) -> Refused:
