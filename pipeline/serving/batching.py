@@ -1,8 +1,9 @@
 """Rows of many requests into batches, with bounds on how long a row waits and on how many wait.
 
-A batch starts as soon as a worker is free and the batch is either full or its oldest row has waited `max_wait`. While
-all workers are busy rows gather, so batches grow with the load by themselves. Everything but the computation happens
-on the event loop's thread; nothing is locked.
+While all workers are busy rows gather, so batches grow with the load by themselves. Once a worker is free a batch
+starts when it is full, when as many rows are here as there were lately (so a client that is alone does not wait for
+others), or when `max_wait` has passed. Everything but the computation happens on the event loop's thread; nothing is
+locked.
 """
 
 import asyncio
@@ -57,6 +58,13 @@ class _Request:
         self.arrived = time.monotonic()
         self.parts: list[tuple[int, Result]] = []
 
+    def give_up(self) -> None:
+        """Tells that the answer comes too late."""
+        if not self.future.done():
+            self.future.set_exception(
+                Refused(Code.DEADLINE_EXCEEDED, "the deadline passed before the answer was there")
+            )
+
     def finish(self, start: int, part: Result) -> None:
         """Takes the result of rows from `start` on, and tells the whole when it is there."""
         self.parts.append((start, part))
@@ -90,7 +98,7 @@ class Batcher:
 
         Args:
             max_batch: rows in a batch.
-            max_wait: seconds that a row waits for company while a worker is free.
+            max_wait: seconds that a row waits for others while a worker is free.
             max_queue: rows admitted and not yet answered.
             workers: batches at a time.
             observe: is told rows and seconds of each batch.
@@ -101,6 +109,9 @@ class Batcher:
         self._observe = observe
         self._lanes: dict[Hashable, _Lane] = {}
         self._timer: asyncio.TimerHandle | None = None
+        self._free_since = 0.0
+        self._here = 0  # rows in `run`
+        self._lately = 0.0  # rows that were here at the last batches, slowly forgotten
         self.admitted = 0
 
     @contextmanager
@@ -120,18 +131,23 @@ class Batcher:
         finally:
             self.admitted -= rows
 
-    async def run(self, lane: Hashable, compute: Compute, tensors: Tensors) -> Result:
+    async def run(self, lane: Hashable, compute: Compute, tensors: Tensors, timeout: float) -> Result:
         """Computes rows, in batches together with other requests of the same lane.
 
         Args:
             lane: what may share a batch: the same computation, and rows of one shape.
             compute: of the lane.
             tensors: at least one row.
+            timeout: seconds after which nobody wants the answer.
 
         Raises:
-            Whatever `compute` raised for a batch that held one of the rows.
+            Refused: DEADLINE_EXCEEDED. Also whatever `compute` raised for a batch that held one of the rows.
         """
-        request = _Request(tensors, asyncio.get_running_loop().create_future())
+        loop = asyncio.get_running_loop()
+        request = _Request(tensors, loop.create_future())
+        # A timer, for asyncio.wait_for would make a task of each request.
+        late = loop.call_later(timeout, request.give_up)
+        self._here += request.rows
         queued = self._lanes.setdefault(lane, _Lane(compute))
         queued.requests.append(request)
         queued.waiting += request.rows
@@ -139,6 +155,8 @@ class Batcher:
         try:
             return await request.future
         finally:
+            late.cancel()
+            self._here -= request.rows
             if request.taken < request.rows:  # given up, or failed in part
                 queued.waiting -= request.rows - request.taken
                 queued.requests.remove(request)
@@ -164,7 +182,9 @@ class Batcher:
     def _due(self, lane: _Lane) -> float:
         """When a lane's next batch may start; whose oldest row has waited longest comes first."""
         arrived = lane.requests[0].arrived
-        return arrived if lane.waiting >= self._max_batch else arrived + self._max_wait
+        if lane.waiting >= self._max_batch or self._here >= self._lately:
+            return arrived
+        return max(arrived, self._free_since) + self._max_wait
 
     def _forget_if_empty(self, key: Hashable, lane: _Lane) -> None:
         # Shapes are the clients' choice, so lanes must not stay.
@@ -174,6 +194,7 @@ class Batcher:
     def _start(self, lane: _Lane) -> None:
         slices = list(self._take(lane))
         self._free -= 1
+        self._lately = max(self._here, _MEMORY * self._lately)
         loop = asyncio.get_running_loop()
         started = time.monotonic()
         batch = [{name: rows[a:b] for name, rows in request.tensors.items()} for request, a, b in slices]
@@ -196,6 +217,7 @@ class Batcher:
         self, future: "asyncio.Future[Result]", slices: Sequence[tuple[_Request, int, int]], started: float
     ) -> None:
         self._free += 1
+        self._free_since = time.monotonic()
         self._observe(sum(end - begin for _, begin, end in slices), time.monotonic() - started)
         if error := future.exception():
             for request, _, _ in slices:
@@ -207,6 +229,9 @@ class Batcher:
                 request.finish(begin, _rows_of(future.result(), at, at + end - begin))
                 at += end - begin
         self._start_batches()
+
+
+_MEMORY = 0.9  # of how many rows were here, from one batch to the next
 
 
 def filler(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:

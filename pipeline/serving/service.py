@@ -69,11 +69,8 @@ class Service:
         signature.check(tensors)
         shapes = tuple((name, rows.shape[1:]) for name, rows in sorted(tensors.items()))
         with self._batcher.admission(row_count(tensors)):
-            run = self._batcher.run((signature, shapes), signature, tensors)
-            try:
-                result = await asyncio.wait_for(run, self.config.timeout if timeout is None else timeout)
-            except asyncio.TimeoutError as error:
-                raise Refused(Code.DEADLINE_EXCEEDED, "the deadline passed before the answer was there") from error
+            left = self.config.timeout if timeout is None else timeout
+            result = await self._batcher.run((signature, shapes), signature, tensors, left)
         for text in result.errors.values():
             self.metrics.failed(images.reason(text))
         if len(result.errors) == result.rows:

@@ -55,7 +55,7 @@ async def begun(double: Doubling) -> None:
 def test_every_row_gets_its_own_answer_whatever_shares_its_batch(requests, workers, max_batch):
     async def all_of_them():
         made, double = batcher(max_batch=max_batch, workers=workers), Doubling()
-        results = await asyncio.gather(*(made.run("lane", double, x(*rows)) for rows in requests))
+        results = await asyncio.gather(*(made.run("lane", double, x(*rows), 60) for rows in requests))
         made.close()
         return results, double.batches, made
 
@@ -74,9 +74,9 @@ def test_every_row_gets_its_own_answer_whatever_shares_its_batch(requests, worke
 def test_rows_gather_while_the_worker_is_busy():
     async def main():
         made, double = batcher(), Doubling(open_gate=False)
-        first = asyncio.create_task(made.run("lane", double, x(0)))
+        first = asyncio.create_task(made.run("lane", double, x(0), 60))
         await begun(double)
-        others = [asyncio.create_task(made.run("lane", double, x(n))) for n in range(6)]
+        others = [asyncio.create_task(made.run("lane", double, x(n), 60)) for n in range(6)]
         await asyncio.sleep(0)
         double.gate.set()
         await asyncio.gather(first, *others)
@@ -86,27 +86,47 @@ def test_rows_gather_while_the_worker_is_busy():
 
 
 def test_a_row_waits_for_company_no_longer_than_it_must():
-    async def main(rows: int):
-        made, double = batcher(max_wait=0.2), Doubling()
-        start = time.monotonic()
-        await asyncio.gather(*(made.run("lane", double, x(n)) for n in range(rows)))
-        return double.batches, time.monotonic() - start
+    async def main():
+        made, double = batcher(max_wait=0.3, max_batch=3), Doubling()
 
-    batches, seconds = asyncio.run(main(3))
-    assert batches == [3]
-    assert seconds >= 0.2
-    assert asyncio.run(main(4))[0] == [4]  # a full batch waits for nothing
+        async def of(rows: int) -> tuple[list[int], float]:
+            start, before = time.monotonic(), len(double.batches)
+            await asyncio.gather(*(made.run("lane", double, x(n), 60) for n in range(rows)))
+            return double.batches[before:], time.monotonic() - start
+
+        return [await of(rows) for rows in (1, 1, 3, 3, 2)]
+
+    alone, again, crowd, full, fewer = asyncio.run(main())
+    assert alone[0] == again[0] == [1]
+    assert max(alone[1], again[1]) < 0.3  # there was nobody to wait for
+    assert sum(crowd[0]) == 3
+    assert full[0] == [3]
+    assert full[1] < 0.3  # a full batch waits for nothing
+    assert fewer[0] == [2]
+    assert fewer[1] >= 0.3  # there had been three
+
+
+def test_what_is_too_late_is_given_up():
+    async def main():
+        made, double = batcher(), Doubling(open_gate=False)
+        with pytest.raises(Refused) as caught:
+            await made.run("lane", double, x(1), 0.05)
+        double.gate.set()
+        assert (await made.run("lane", double, x(2), 60)).outputs["y"] == [4]
+        return caught.value.code
+
+    assert asyncio.run(main()) is Code.DEADLINE_EXCEEDED
 
 
 def test_lanes_share_no_batch_and_the_older_one_comes_first():
     async def main():
         made, double, other = batcher(), Doubling(open_gate=False), Doubling()
         order = []
-        double_run = asyncio.create_task(made.run("a", double, x(0)))
+        double_run = asyncio.create_task(made.run("a", double, x(0), 60))
         await begun(double)
         late = []
         for lane, compute in (("b", other), ("a", double), ("b", other)):
-            task = asyncio.create_task(made.run(lane, compute, x(1)))
+            task = asyncio.create_task(made.run(lane, compute, x(1), 60))
             task.add_done_callback(lambda _, lane=lane: order.append(lane))
             late.append(task)
             await asyncio.sleep(0.001)
@@ -136,10 +156,10 @@ def test_more_rows_than_the_queue_takes_are_refused_and_room_comes_back():
 def test_a_request_that_is_given_up_leaves_nothing_behind_and_is_not_computed():
     async def main():
         made, double = batcher(max_batch=2), Doubling(open_gate=False)
-        first = asyncio.create_task(made.run("lane", double, x(0)))
+        first = asyncio.create_task(made.run("lane", double, x(0), 60))
         await begun(double)
-        given_up = [asyncio.create_task(made.run("lane", double, x(1, 2, 3))) for _ in range(3)]
-        kept = asyncio.create_task(made.run("lane", double, x(4)))
+        given_up = [asyncio.create_task(made.run("lane", double, x(1, 2, 3), 60)) for _ in range(3)]
+        kept = asyncio.create_task(made.run("lane", double, x(4), 60))
         await asyncio.sleep(0.001)
         for task in given_up:
             task.cancel()
@@ -158,9 +178,9 @@ def test_a_computation_that_fails_fails_its_requests_and_no_others():
     async def main():
         made, double = batcher(), Doubling()
         results = await asyncio.gather(
-            made.run("broken", broken, x(*range(9))), made.run("lane", double, x(1)), return_exceptions=True
+            made.run("broken", broken, x(*range(9)), 60), made.run("lane", double, x(1), 60), return_exceptions=True
         )
-        await made.run("lane", double, x(1))
+        await made.run("lane", double, x(1), 60)
         return results, made._lanes
 
     (failed, good), lanes = asyncio.run(main())
