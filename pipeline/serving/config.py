@@ -40,9 +40,9 @@ class ServeConfig:
     rest_port: int = 8501
     grpc_port: int = 8500
     max_batch: int = 64
-    max_wait_ms: float = 1.0
+    max_wait_ms: float = 2.0
     max_queue: int = 1024
-    workers: int = 2
+    workers: int = 1
     max_request_mb: float = 32.0
     max_buffered_mb: float = 256.0
     max_image_mb: float = 16.0
