@@ -285,9 +285,9 @@ class Model:
 
 def _container(inputs: Mapping[str, Spec]) -> Container | None:
     """How images lie in a signature's one input; None where it takes no encoded images."""
-    name = next(iter(inputs))
-    strings = len(inputs) == 1 and inputs[name].dtype.kind == "O" and inputs[name].shape == (None,)
-    return {"image_bytes": images.BARE, "examples": EXAMPLE}.get(name) if strings else None
+    spec = next(iter(inputs.values()))
+    strings = len(inputs) == 1 and spec.dtype.kind == "O" and spec.shape is not None and len(spec.shape) == 1
+    return {"image_bytes": images.BARE, "examples": EXAMPLE}.get(spec.name) if strings else None
 
 
 def _unwrap_example(row: bytes) -> bytes:

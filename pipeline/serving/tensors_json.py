@@ -169,17 +169,16 @@ def _leaves(leaves: list[Any], spec: Spec, where: str) -> np.ndarray:
         array = np.array(leaves, np.float64 if spec.dtype.kind == "f" else np.int64)
     except OverflowError:
         raise _lossy(where, spec) from None
-    if array.size and spec.dtype.kind != "b" and not (_least(spec) <= array.min() and array.max() <= _most(spec)):
-        raise _lossy(where, spec)
+    if array.size and spec.dtype.kind != "b":
+        least, most = _limits(spec)
+        if array.min() < least or array.max() > most:
+            raise _lossy(where, spec)
     return array.astype(spec.dtype)
 
 
-def _most(spec: Spec) -> float:
-    return np.finfo(spec.dtype).max if spec.dtype.kind == "f" else np.iinfo(spec.dtype).max
-
-
-def _least(spec: Spec) -> float:
-    return np.finfo(spec.dtype).min if spec.dtype.kind == "f" else np.iinfo(spec.dtype).min
+def _limits(spec: Spec) -> tuple[float, float]:
+    limits = np.finfo(spec.dtype) if spec.dtype.kind == "f" else np.iinfo(spec.dtype)
+    return float(limits.min), float(limits.max)
 
 
 def _lossy(where: str, spec: Spec) -> Refused:
