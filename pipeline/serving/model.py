@@ -295,7 +295,7 @@ def _unwrap_example(row: bytes) -> bytes:
         feature = tf.train.Example.FromString(row).features.feature
     except Exception as error:  # of protobuf's C++ and of its Python, which have no common base
         raise BadImage("not_an_example", "its bytes are no tf.Example") from error
-    values = feature[ENCODED].bytes_list.value if ENCODED in feature else ()
+    values = list(feature[ENCODED].bytes_list.value) if ENCODED in feature else []
     if len(values) != 1:
         raise BadImage("not_an_example", f"it has {len(values)} values of {ENCODED}, not one")
     return values[0]
