@@ -27,7 +27,8 @@ DEFAULT_SIGNATURE = "serving_default"
 ENCODED = "image/encoded"  # feature of a tf.Example
 WARMUP_FILE = "assets.extra/tf_serving_warmup_requests"
 # Of pixels given as numbers: what is longer would become gigabytes when its shorter side is enlarged.
-MAX_ASPECT = 32
+MAX_ASPECT = 16
+_ENLARGED = 256**2  # pixels that a small square image may become
 _OF_A_ROW = (
     tf.errors.InvalidArgumentError,
     tf.errors.OutOfRangeError,
@@ -151,8 +152,8 @@ class Signature:
         elif others or rows.ndim != 4:
             yield range(len(rows)), tensors
         else:
-            each = MAX_ASPECT * max(1, int(np.prod(rows.shape[1:3])) // MAX_ASPECT)
-            step = max(1, self._limits.group_pixels // each)
+            shorter, longer = sorted(rows.shape[1:3])
+            step = max(1, self._limits.group_pixels // max(shorter * longer, longer // shorter * _ENLARGED))
             for begin in range(0, len(rows), step):
                 yield range(begin, min(len(rows), begin + step)), {name: rows[begin : begin + step]}
 

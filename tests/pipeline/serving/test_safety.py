@@ -223,7 +223,7 @@ def test_an_image_that_would_unfold_is_refused_by_its_header(server, png):
 def test_pixels_that_would_unfold_are_refused(server):
     long = np.zeros((1, 1, 2000, 3), np.float32)
     answer = server.predict(signature_name="pixels", instances=long.tolist())
-    assert (answer.status_code, "one side at most 32 times the other" in answer.text) == (400, True)
+    assert (answer.status_code, "one side at most 16 times the other" in answer.text) == (400, True)
     assert server.predict(signature_name="pixels", instances=[[[]]]).status_code == 400
 
 
