@@ -82,6 +82,7 @@ def _dispatch(arguments: list[str]) -> int:
         "search": _search,
         "weights": _weights,
         "publish": _publish,
+        "serve": _serve,
         "bench": _bench,
         "tpu-report": _tpu_report,
     }
@@ -336,6 +337,55 @@ TensorFlow Serving takes the highest version, whatever latest.json says; after a
     _add_talk(parser)
 
 
+def _add_serve(parser: argparse.ArgumentParser) -> None:
+    from pipeline.serving.config import ServeConfig, option
+
+    parser.description = """\
+Serves a published encoder by TensorFlow Serving's REST and gRPC, so that no client changes when TensorFlow Serving,
+Vertex AI or KServe takes its place. A version that is published later takes over by itself; one that is broken does
+not. SIGTERM and Ctrl-C finish what is in flight. Health is at /healthz and /readyz, metrics for Prometheus at
+/metrics."""
+    parser.epilog = """\
+examples:
+  ./moco serve --model moco-demo/serving/encoder
+  ./moco serve --model gs://bucket/encoder --host 0.0.0.0 --max-batch 128
+
+then, from another terminal:
+  echo '{"instances": [{"b64": "'$(base64 -w0 photo.jpg)'"}]}' |
+    curl --data-binary @- http://localhost:8501/v1/models/encoder:predict"""
+    parser.add_argument("--model", required=True, action=_Once, metavar="DIR|gs://", help="as for './moco embed'")
+    words = {
+        "name": ("NAME", "the model's name in requests"),
+        "host": ("ADDRESS", "address to listen at; 0.0.0.0 for all networks"),
+        "rest_port": ("N", "port of REST; 0 for any"),
+        "grpc_port": ("N", "port of gRPC; 0 for any"),
+        "max_batch": ("N", "images in one call of the model"),
+        "max_wait_ms": ("MS", "how long an image waits for others while a worker is free"),
+        "max_queue": ("N", "images admitted and not yet answered; more get 429 or RESOURCE_EXHAUSTED"),
+        "workers": ("N", "calls of the model at a time"),
+        "max_request_mb": ("MIB", "size of a request"),
+        "max_buffered_mb": ("MIB", "size of all requests held at a time"),
+        "max_image_mb": ("MIB", "size of an encoded image"),
+        "max_pixels": ("N", "pixels of an image, read from its header"),
+        "max_connections": ("N", "HTTP connections open at a time"),
+        "timeout": ("S", "seconds until a request without a deadline of its own is given up"),
+        "idle": ("S", "seconds after which an idle HTTP connection is closed"),
+        "grace": ("S", "seconds that requests in flight get when the server stops"),
+        "poll": ("S", "seconds between looks for a new version"),
+    }
+    for field, (metavar, meaning) in words.items():
+        default = getattr(ServeConfig, field)
+        parser.add_argument(
+            option(field),
+            type=type(default),
+            default=default,
+            action=_Once,
+            metavar=metavar,
+            help=f"{meaning} (default: {default:{'' if isinstance(default, str) else ','}})",
+        )
+    _add_talk(parser)
+
+
 def _add_bench(parser: argparse.ArgumentParser) -> None:
     names = bench.available()
     width = max(map(len, names), default=0)
@@ -408,6 +458,7 @@ _COMMANDS = {
     "search": (_add_search, "find the images nearest to others among embedded ones"),
     "weights": (_add_weights, "write a published encoder's weights for PyTorch"),
     "publish": (_add_publish, "publish encoders, list the published ones, go back, remove old ones"),
+    "serve": (_add_serve, "serve an encoder by TensorFlow Serving's REST and gRPC"),
     "bench": (_add_bench, "measure speed and memory"),
     "tpu-report": (_add_tpu_report, "compile the training step for TPUs that need not be there"),
 }
@@ -526,6 +577,24 @@ def _publish(options: argparse.Namespace) -> int:
             keep=int(options.keep) if options.keep else None,
         ):
             console.line(line)
+    return DONE
+
+
+def _serve(options: argparse.Namespace) -> int:
+    import dataclasses
+
+    from pipeline import console
+    from pipeline.serving.config import ServeConfig, validate
+
+    given = {field.name: getattr(options, field.name) for field in dataclasses.fields(ServeConfig)}
+    config = ServeConfig(**{**given, "model": os.path.expanduser(options.model)})
+    validate(config)
+    console.quiet(options.verbose)
+    console.prefer_onednn()
+    from pipeline.serving import server
+
+    with console.progress_shown():
+        server.serve(config, console.line)
     return DONE
 
 

@@ -384,7 +384,7 @@ class WriteShard(_ThreadedDoFn):
         try:
             data = finding.read_again(ref, sha)
             hashed = self._job.config.near_duplicates is not NearDuplicates.off
-            image = codec.canonical(data, self._job.limits, hashed)
+            image = codec.canonical(data, self._job.limits, hashed=hashed)
             if image.encoded is data:
                 _prove(data)
         except codec.BadImage as bad:

@@ -182,7 +182,7 @@ def resolve(base: str) -> str:
     Raises:
         UserError: there is none, or the place cannot be read.
     """
-    at, version = _model_at(base)
+    at, version = model_at(base)
     return at.path(version)
 
 
@@ -266,15 +266,22 @@ def local_copy(path: str) -> Iterator[str]:
     Raises:
         UserError: there is none, or it cannot be read.
     """
-    at, version = _model_at(path)
+    at, version = model_at(path)
     with contextlib.ExitStack() as stack:
         with at.errors_told():
             folder = stack.enter_context(at.local_copy(version))
         yield folder
 
 
-def _model_at(path: str) -> tuple[Place, str]:
-    """A place and a version there, which is "." where the path is of a model itself."""
+def model_at(path: str) -> tuple[Place, str]:
+    """A place and the version there that is in service.
+
+    Args:
+        path: of a place of publication, or of a model itself, whose version is "." where its place is a directory.
+
+    Raises:
+        UserError: there is none, or it cannot be read.
+    """
     at = place(path)
     if isinstance(at, Directory):
         check_folder(at.base)

@@ -14,7 +14,7 @@ from pipeline import bench, cli
 from trainer_module.errors import UserError
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = ["demo", "run", "test", "embed", "search", "weights", "publish", "bench", "tpu-report"]
+COMMANDS = ["demo", "run", "test", "embed", "search", "weights", "publish", "serve", "bench", "tpu-report"]
 HEAVY = ("jax", "tensorflow", "tfx", "apache_beam", "pandas", "keras", "ml_metadata", "pyarrow")
 
 
@@ -80,6 +80,8 @@ def test_the_help_of_bench_lists_the_benchmarks_that_there_are(capsys):
         ["publish", "--help"],
         ["publish", "--to", "/nowhere", "--rollback", "1"],
         ["publish", "--to", "gs://no such", "--list"],
+        ["serve", "--help"],
+        ["serve", "--model", "x", "--max-batch", "0"],
         ["bench", "--help"],
         ["tpu-report", "--help"],
         ["tpu-report", "--topology", "v5e:3x5"],
@@ -107,7 +109,7 @@ def test_help_and_refusals_import_nothing_heavy(arguments):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ([], ["no command", "demo, run, test, embed, search, weights, publish, bench, tpu-report"]),
+        ([], ["no command", "demo, run, test, embed, search, weights, publish, serve, bench, tpu-report"]),
         (["rnu"], ["'rnu'", "did you mean run?"]),
         (["--debgu"], ["--debgu", "the command comes first"]),
         (["run"], ["--images", "--workdir", "./moco run --help"]),

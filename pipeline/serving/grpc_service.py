@@ -1,0 +1,200 @@
+"""TensorFlow Serving's gRPC services over grpcio, with health checking and reflection.
+
+Messages come as bytes and are parsed here, so that malformed ones get their status and nothing of them is logged.
+"""
+
+from collections.abc import Awaitable, Callable, Mapping
+from typing import TypeVar
+
+import grpc
+import numpy as np
+import tensorflow as tf
+from google.protobuf.message import DecodeError, Message
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+from tensorflow.core.framework import tensor_pb2
+from tensorflow_serving.apis import (
+    get_model_metadata_pb2,
+    get_model_status_pb2,
+    model_service_pb2,
+    predict_pb2,
+    prediction_service_pb2,
+)
+
+from pipeline.serving import protos
+from pipeline.serving.batching import Result
+from pipeline.serving.model import DEFAULT_SIGNATURE, Signature, Spec
+from pipeline.serving.refusal import invalid
+from pipeline.serving.service import Service
+
+PREDICTION_SERVICE = prediction_service_pb2.DESCRIPTOR.services_by_name["PredictionService"].full_name
+MODEL_SERVICE = model_service_pb2.DESCRIPTOR.services_by_name["ModelService"].full_name
+ERROR_OUTPUT = "error"  # string[N], there only where a row failed
+_METADATA = "signature_def"
+
+Request = TypeVar("Request", bound=Message)
+
+
+class GrpcServices:
+    """The services of a server that has its port."""
+
+    def __init__(self, service: Service, server: grpc.aio.Server) -> None:
+        """Adds nothing yet.
+
+        Args:
+            service: that answers.
+            server: that is not started.
+        """
+        self._service, self._server = service, server
+        self._health = health.aio.HealthServicer()
+
+    async def start(self) -> None:
+        """Answers from now on."""
+        service = self._service
+        prediction = _Prediction(service)
+        handlers = {
+            PREDICTION_SERVICE: {
+                "Predict": _handler(service, "predict", predict_pb2.PredictRequest, prediction.predict),
+                "GetModelMetadata": _handler(
+                    service, "metadata", get_model_metadata_pb2.GetModelMetadataRequest, prediction.metadata
+                ),
+            },
+            MODEL_SERVICE: {
+                "GetModelStatus": _handler(
+                    service, "status", get_model_status_pb2.GetModelStatusRequest, prediction.status
+                )
+            },
+        }
+        for name, methods in handlers.items():
+            self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(name, methods),))
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        names = (*handlers, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, self._server)
+        for name in ("", *handlers):
+            await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+        await self._server.start()
+
+    async def drain(self, seconds: float) -> None:
+        """Says that it is not serving, takes nothing new, and waits for what is in flight."""
+        await self._health.enter_graceful_shutdown()
+        await self._server.stop(seconds)
+
+
+class _Prediction:
+    """The methods."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+
+    async def predict(self, request: predict_pb2.PredictRequest, timeout: float | None) -> predict_pb2.PredictResponse:
+        spec = request.model_spec
+        with self._service.versions.lease(spec.name, protos.asked_version(spec), spec.version_label) as model:
+            signature = model.signature(spec.signature_name)
+            tensors = _tensors(request.inputs, signature, self._service.config.max_request_bytes)
+            result = await self._service.predict(signature, tensors, timeout)
+            name = spec.signature_name or DEFAULT_SIGNATURE
+            response = predict_pb2.PredictResponse(model_spec=protos.spec(spec.name, model.version, name))
+        _fill(response, result, signature, list(request.output_filter))
+        return response
+
+    async def metadata(
+        self, request: get_model_metadata_pb2.GetModelMetadataRequest, _: float | None
+    ) -> get_model_metadata_pb2.GetModelMetadataResponse:
+        if not request.metadata_field:
+            raise invalid("GetModelMetadataRequest must specify at least one metadata_field")
+        if unknown := set(request.metadata_field) - {_METADATA}:
+            raise invalid(f"Metadata field {min(unknown)[:100]} is not supported; there is: {_METADATA}")
+        spec = request.model_spec
+        with self._service.versions.lease(spec.name, protos.asked_version(spec), spec.version_label) as model:
+            made = protos.spec(spec.name, model.version)
+            response = get_model_metadata_pb2.GetModelMetadataResponse(model_spec=made)
+            response.metadata[_METADATA].Pack(protos.signatures(model))
+            return response
+
+    async def status(
+        self, request: get_model_status_pb2.GetModelStatusRequest, _: float | None
+    ) -> get_model_status_pb2.GetModelStatusResponse:
+        if not request.HasField("model_spec"):
+            raise invalid("Missing ModelSpec")
+        spec = request.model_spec
+        return protos.status(self._service.versions.states(spec.name, protos.asked_version(spec)))
+
+
+def _handler(
+    service: Service,
+    method: str,
+    kind: type[Request],
+    function: Callable[[Request, float | None], Awaitable[Message]],
+) -> grpc.RpcMethodHandler:
+    async def answer(data: bytes, context: grpc.aio.ServicerContext) -> bytes:
+        async with service.answering("grpc", method) as outcome:
+            with service.holding(len(data)):
+                return (await function(_parsed(kind, data), context.time_remaining())).SerializeToString()
+        refusal = outcome.refusal
+        await context.abort(grpc.StatusCode[refusal.code.name], refusal.message)
+        raise AssertionError("abort raises")
+
+    return grpc.unary_unary_rpc_method_handler(answer)
+
+
+def _parsed(kind: type[Request], data: bytes) -> Request:
+    try:
+        return kind.FromString(data)
+    except DecodeError as error:
+        raise invalid(f"the message is no {kind.__name__}") from error
+
+
+def _tensors(inputs: Mapping[str, tensor_pb2.TensorProto], signature: Signature, most: int) -> dict[str, np.ndarray]:
+    if set(inputs) != set(signature.inputs):
+        raise invalid(f"the inputs are {len(inputs)} others than {', '.join(signature.inputs)}")
+    return {name: _tensor(inputs[name], spec, most) for name, spec in signature.inputs.items()}
+
+
+def _tensor(proto: tensor_pb2.TensorProto, spec: Spec, most: int) -> np.ndarray:
+    """A tensor; one that would be larger than a request may be is refused before it is made.
+
+    A proto may hold one value for a tensor of any size.
+    """
+    if proto.dtype != spec.enum:
+        raise invalid(f"input {spec.name} has type {proto.dtype}, not {spec.enum} (see DataType)")
+    shape = [dim.size for dim in proto.tensor_shape.dim]
+    if proto.tensor_shape.unknown_rank or any(size < 0 for size in shape) or len(shape) > 8:
+        raise invalid(f"input {spec.name} has no shape")
+    size = 1
+    for side in shape:
+        size *= side
+    if spec.dtype == object:
+        if size != len(proto.string_val):
+            raise invalid(f"input {spec.name} has {len(proto.string_val)} values for a shape of {size}")
+        strings = np.empty(size, object)
+        strings[:] = proto.string_val
+        return strings.reshape(shape)
+    if size * spec.dtype.itemsize > most:
+        raise invalid(f"input {spec.name} is over {most} bytes")
+    try:
+        return tf.make_ndarray(proto)
+    except (ValueError, TypeError) as error:
+        raise invalid(f"input {spec.name} has not the values of its shape") from error
+
+
+def _fill(response: predict_pb2.PredictResponse, result: Result, signature: Signature, wanted: list[str]) -> None:
+    """Writes the outputs that are wanted, all where none is named, with values as lists, as TensorFlow Serving does."""
+    if unknown := set(wanted) - {*signature.outputs, ERROR_OUTPUT}:
+        raise invalid(f"output tensor alias not found in signature: {min(unknown)[:100]}")
+    for name, spec in signature.outputs.items():
+        if not wanted or name in wanted:
+            _write(response.outputs[name], result.outputs[name], spec.enum)
+    if result.errors and (not wanted or ERROR_OUTPUT in wanted):
+        texts = [result.errors.get(index, "").encode() for index in range(result.rows)]
+        _write(response.outputs[ERROR_OUTPUT], np.array(texts, object), tf.string.as_datatype_enum)
+
+
+def _write(proto: tensor_pb2.TensorProto, rows: np.ndarray, dtype: int) -> None:
+    if dtype != tf.float32.as_datatype_enum:
+        proto.CopyFrom(tf.make_tensor_proto(rows, tf.dtypes.as_dtype(dtype)))
+        proto.dtype = dtype
+        return
+    proto.dtype = dtype
+    for side in rows.shape:
+        proto.tensor_shape.dim.add(size=side)
+    proto.float_val.extend(rows.ravel().tolist())

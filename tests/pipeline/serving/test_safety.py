@@ -1,0 +1,321 @@
+"""Hostile clients: whatever they send gets its status, and the server answers the next one as if nothing had been."""
+
+import base64
+import concurrent.futures
+import contextlib
+import gzip
+import json
+import socket
+import time
+import zlib
+from collections.abc import Iterator
+
+import grpc
+import numpy as np
+import psutil
+import pytest
+import tensorflow as tf
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from running_server import Running, running
+from tensorflow_serving.apis import predict_pb2
+
+from pipeline.serving.tensors_json import _MAX_LISTS
+
+PREDICT = "/v1/models/encoder:predict"
+SANE = {200, 400, 404, 413, 429}
+FUZZ = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+SANE_CODES = {grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND, grpc.StatusCode.RESOURCE_EXHAUSTED}
+
+
+@pytest.fixture(scope="module")
+def small(encoders) -> Iterator[Running]:
+    """A server with small limits and little patience."""
+    limits = {"max_request_mb": 0.25, "max_buffered_mb": 0.5, "max_image_mb": 0.1, "max_pixels": 100_000}
+    with running(encoders(0), max_queue=32, max_batch=8, timeout=0.6, idle=0.6, max_connections=20, **limits) as made:
+        yield made
+
+
+def instance(data: bytes) -> dict:
+    return {"b64": base64.b64encode(data).decode()}
+
+
+def still_well(server: Running, image: bytes) -> None:
+    """It answers, nothing waits, no byte is held, and no request is under way."""
+    assert server.predict(instances=[instance(image)]).status_code == 200
+    end = time.monotonic() + 10
+    budget = server.app._service.budget
+    whole = int(server.app._config.max_buffered_mb * 2**20)
+    while time.monotonic() < end and (server.app._rest._requests or budget._free != whole):
+        time.sleep(0.01)
+    assert server.app._batcher.admitted == 0
+    assert server.app._batcher._lanes == {}
+    assert budget._free == whole
+    assert not server.app._rest._requests
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(
+            st.sampled_from(["b64", "instances", "inputs", "image", "image_bytes", "signature_name", "x"]), inner
+        )
+    ),
+    max_leaves=12,
+)
+DOCUMENTS = st.fixed_dictionaries(
+    {},
+    optional={
+        "instances": JSON,
+        "inputs": JSON,
+        "signature_name": st.sampled_from(["pixels", "examples", "serving_default", ""]) | JSON,
+    },
+)
+
+
+@FUZZ
+@given(document=DOCUMENTS)
+def test_any_json_gets_a_status(server, document):
+    answer = server.post(PREDICT, data=json.dumps(document))
+    assert answer.status_code in SANE
+    assert ("error" in answer.json()) == (answer.status_code != 200)
+
+
+@FUZZ
+@given(body=st.binary(max_size=300), path=st.sampled_from([PREDICT, "/v1/models/encoder", "/v1/models/%00:predict"]))
+def test_any_bytes_get_a_status(server, body, path):
+    assert server.post(path, data=body).status_code in SANE
+
+
+@FUZZ
+@given(data=st.data())
+def test_any_damage_to_an_image_is_an_error_or_an_embedding(server, png, data):
+    image = bytearray(png(1))
+    for _ in range(data.draw(st.integers(1, 4))):
+        image[data.draw(st.integers(0, len(image) - 1))] = data.draw(st.integers(0, 255))
+    cut = data.draw(st.integers(0, len(image)))
+    body = server.predict(instances=[instance(bytes(image[:cut])), instance(png(2))]).json()
+    assert len(body["predictions"]) == 2
+    assert None not in body["predictions"][1]
+    assert {error["index"] for error in body.get("errors", [])} == ({0} if None in body["predictions"][0] else set())
+
+
+@FUZZ
+@given(
+    dtype=st.integers(0, 30),
+    dims=st.lists(st.integers(-2, 2**40), max_size=5),
+    unknown=st.booleans(),
+    values=st.lists(st.binary(max_size=4), max_size=4),
+    content=st.binary(max_size=16),
+    signature=st.sampled_from(["", "pixels", "examples", "no"]),
+    name=st.sampled_from(["image_bytes", "image", "examples", "x"]),
+)
+def test_any_tensor_gets_a_code(server, dtype, dims, unknown, values, content, signature, name):
+    request = predict_pb2.PredictRequest()
+    request.model_spec.name, request.model_spec.signature_name = "encoder", signature
+    tensor = request.inputs[name]
+    tensor.dtype, tensor.tensor_content, tensor.tensor_shape.unknown_rank = dtype, content, unknown
+    for size in dims:
+        tensor.tensor_shape.dim.add(size=size)
+    tensor.string_val.extend(values)
+    tensor.float_val.append(1.0)
+    with pytest.raises(grpc.RpcError) as caught:
+        server.prediction.Predict(request, timeout=20)
+    assert caught.value.code() in SANE_CODES
+
+
+@FUZZ
+@given(data=st.binary(max_size=200))
+def test_any_message_gets_a_code(server, data):
+    call = server.channel.unary_unary("/tensorflow.serving.PredictionService/Predict")
+    with pytest.raises(grpc.RpcError) as caught:
+        call(data, timeout=20)
+    assert caught.value.code() in SANE_CODES
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"[" * 100_000,
+        b'{"instances": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+        b'{"instances": ' + b"[" * 500 + b"]" * 500 + b"}",
+        b'{"instances": ' + b'{"b64":' * 50_000 + b"1" + b"}" * 50_000 + b"}",
+    ],
+)
+def test_deep_nesting_is_400(server, body, png):
+    assert server.post(PREDICT, data=body).status_code == 400
+    still_well(server, png(0))
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"instances": [' + b"[]," * _MAX_LISTS + b"0]}",
+        b'{"instances": [' + b"0," * 2_000_000 + b"0]}",
+        b'{"instances": [' + b'{"b64":""},' * 2000 + b'{"b64":""}]}',
+        b'{"instances": [' + b"1" * 5000 + b"]}",
+        b'{"signature_name": "pixels", "instances": [' + b"[[]]," * 100_000 + b"[[]]]}",
+        b'{"signature_name": "pixels", "inputs": [[' + b"[[0,0,0]]," * 100 + b"[[0,0,0]]]]}",
+    ],
+)
+def test_giant_numbers_of_instances_are_400(server, body, png):
+    assert server.post(PREDICT, data=body).status_code == 400
+    still_well(server, png(0))
+
+
+def test_a_body_over_the_limit_is_413_and_is_never_held(small, png):
+    for headers in ({}, {"Expect": "100-continue"}):
+        answer = small.post(PREDICT, data=b"x" * 400_000, headers=headers)
+        assert (answer.status_code, "is over" in answer.json()["error"]) == (413, True)
+    chunks = (b"x" * 10_000 for _ in range(40))
+    assert small.post(PREDICT, data=chunks).status_code == 413
+    still_well(small, png(0))
+
+
+def test_a_body_that_claims_to_be_endless_is_cut_off(small, png):
+    with socket.create_connection(small.rest.removeprefix("http://").split(":")) as client:
+        client.sendall(b"POST /v1/models/encoder:predict HTTP/1.1\r\nHost: x\r\nContent-Length: 99999999999\r\n\r\n")
+        assert client.recv(100).startswith(b"HTTP/1.1 4")
+    still_well(small, png(0))
+
+
+def test_a_compressed_bomb_is_refused_while_it_unfolds(small, png):
+    for size in (2**19, 2**26):
+        body = gzip.compress(b"\0" * size)
+        with socket.create_connection(small.rest.removeprefix("http://").split(":")) as client:
+            head = (
+                f"POST {PREDICT} HTTP/1.1\r\nHost: x\r\nContent-Encoding: gzip\r\nContent-Length: {len(body)}\r\n\r\n"
+            )
+            client.sendall(head.encode() + body)
+            assert client.recv(100).startswith((b"HTTP/1.1 413", b"HTTP/1.1 400"))
+    still_well(small, png(0))
+
+
+def test_a_compressed_message_is_refused_by_its_unfolded_size(small, png):
+    request = predict_pb2.PredictRequest()
+    request.inputs["x"].tensor_content = b"\0" * 2**24
+    with pytest.raises(grpc.RpcError) as caught:
+        small.prediction.Predict(request, timeout=20, compression=grpc.Compression.Gzip)
+    assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    still_well(small, png(0))
+
+
+def bomb(side: int) -> bytes:
+    """A PNG of a few bytes that unfolds to side x side pixels."""
+
+    def chunk(name: bytes, body: bytes) -> bytes:
+        return len(body).to_bytes(4, "big") + name + body + zlib.crc32(name + body).to_bytes(4, "big")
+
+    head = side.to_bytes(4, "big") * 2 + b"\x08\x00\x00\x00\x00"
+    pixels = zlib.compress(bytes(min(side * (side + 1), 2**24)), 9)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+
+
+def test_an_image_that_would_unfold_is_refused_by_its_header(server, png):
+    before = psutil.Process().memory_info().rss
+    answer = server.predict(instances=[instance(bomb(30_000))] * 20)
+    assert (answer.status_code, "too_many_pixels" in answer.text) == (400, True)
+    assert psutil.Process().memory_info().rss - before < 200 * 2**20
+    still_well(server, png(0))
+
+
+def test_pixels_that_would_unfold_are_refused(server):
+    long = np.zeros((1, 1, 2000, 3), np.float32)
+    answer = server.predict(signature_name="pixels", instances=long.tolist())
+    assert (answer.status_code, "one side at most 16 times the other" in answer.text) == (400, True)
+    assert server.predict(signature_name="pixels", instances=[[[]]]).status_code == 400
+
+
+def test_slow_clients_are_cut_off_and_others_do_not_wait_for_them(small, png):
+    address = small.rest.removeprefix("http://").split(":")
+    slow = [socket.create_connection(address) for _ in range(8)]
+    for number, client in enumerate(slow):
+        head = b"POST /v1/models/encoder:predict HTTP/1.1\r\nHost: x\r\n"
+        client.sendall(head + (b"Content-Length: 9999\r\n\r\n{" if number % 2 else b""))
+    start = time.monotonic()
+    while time.monotonic() - start < 1.2:
+        for client in slow:
+            with contextlib.suppress(OSError):
+                client.sendall(b"X")  # the next byte of a head, or of a body
+        assert small.predict(instances=[instance(png(0))]).status_code == 200
+        time.sleep(0.1)
+    for client in slow:
+        client.settimeout(10)
+        with contextlib.suppress(ConnectionError):
+            assert client.recv(1) == b""
+        client.close()
+    still_well(small, png(0))
+
+
+def test_more_connections_than_allowed_are_closed_and_room_comes_back(small, png):
+    address = small.rest.removeprefix("http://").split(":")
+    many = [socket.create_connection(address) for _ in range(60)]
+    time.sleep(0.2)
+    assert len(small.app._rest._streams) <= 20
+    for client in many:
+        client.close()
+    time.sleep(0.2)
+    still_well(small, png(0))
+
+
+def test_a_full_queue_answers_429_and_resource_exhausted_at_once(encoders, png):
+    body = {"instances": [instance(png(0))] * 4}
+    with running(encoders(0), max_queue=8, max_batch=8, max_wait_ms=500.0) as server:
+        with concurrent.futures.ThreadPoolExecutor(12) as pool:
+            answers = list(pool.map(lambda _: server.post(PREDICT, json=body), range(12)))
+        statuses = [answer.status_code for answer in answers]
+        assert set(statuses) == {200, 429}
+        refused = next(answer for answer in answers if answer.status_code == 429)
+        assert refused.headers["Retry-After"] == "1"
+        assert "queue is full" in refused.json()["error"]
+        assert server.metric('errors_total{kind="queue_full"}') == statuses.count(429)
+        still_well(server, png(0))
+
+
+def request_of(image: bytes) -> predict_pb2.PredictRequest:
+    request = predict_pb2.PredictRequest()
+    request.model_spec.name = "encoder"
+    request.inputs["image_bytes"].CopyFrom(tf.make_tensor_proto([image]))
+    return request
+
+
+def test_deadlines_are_kept_and_what_is_late_is_not_computed(encoders, png):
+    with running(encoders(0), max_wait_ms=2000.0, timeout=0.2) as server:
+        with pytest.raises(grpc.RpcError) as caught:
+            server.prediction.Predict(request_of(png(0)), timeout=0.1)
+        assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        answer = server.predict(instances=[instance(png(0))])
+        assert (answer.status_code, "deadline" in answer.json()["error"]) == (504, True)
+        batches = server.metric("batch_rows_count ")
+        time.sleep(0.3)
+        assert server.app._batcher.admitted == 0
+        assert server.app._batcher._lanes == {}
+        assert server.metric("batch_rows_count ") == batches
+
+
+def test_streams_that_are_reset_leave_nothing_behind(server, png):
+    request = request_of(png(0))
+    for _ in range(10):
+        calls = [server.prediction.Predict.future(request, timeout=20) for _ in range(50)]
+        for call in calls:
+            call.cancel()
+    still_well(server, png(0))
+
+
+def test_connections_that_end_in_the_midst_leave_nothing_behind(small, png):
+    address = small.rest.removeprefix("http://").split(":")
+    body = json.dumps({"instances": [instance(png(0))]}).encode()
+    head = f"POST {PREDICT} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+    for cut in (len(head) // 2, len(head), len(head) + len(body) // 2, len(head) + len(body)):
+        for _ in range(5):
+            with socket.create_connection(address) as client:
+                client.sendall((head + body)[:cut])
+    still_well(small, png(0))
+
+
+def test_many_tiny_requests_leave_nothing_behind(server, png):
+    for _ in range(300):
+        server.post(PREDICT, data=b"{}")
+        server.get("/v1/models/encoder")
+    still_well(server, png(0))

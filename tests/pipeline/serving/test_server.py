@@ -1,0 +1,132 @@
+"""./moco serve as a process: what it imports, what it says, how it stops, and what it refuses at once."""
+
+import base64
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import requests
+
+from pipeline import cli
+
+ROOT = Path(__file__).parents[3]
+# Says which of the heavy packages were imported when it ends.
+PROGRAM = """
+import sys
+from pipeline import cli
+code = cli.main(["serve", *sys.argv[1:]])
+print("imported:", *sorted({"tfx", "apache_beam", "ml_metadata", "tensorflow_transform"} & set(sys.modules)))
+sys.exit(code)
+"""
+
+
+def start(*arguments: str) -> subprocess.Popen:
+    command = [sys.executable, "-c", PROGRAM, *arguments, "--rest-port", "0", "--grpc-port", "0"]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.fixture
+def process(encoders) -> Iterator[tuple[subprocess.Popen, str]]:
+    """A server and its URL."""
+    made = start("--model", str(encoders(0)), "--max-wait-ms", "300", "--max-batch", "64")
+    line = made.stdout.readline()
+    found = re.search(r"serving encoder version 1 at (http://127\.0\.0\.1:\d+)/v1/models/encoder and gRPC 127\S+", line)
+    assert found, line + made.stderr.read()
+    yield made, found[1]
+    if made.poll() is None:
+        made.kill()
+        made.communicate()
+
+
+def test_it_stops_when_what_is_in_flight_is_finished_and_has_said_nothing_of_it(process, png):
+    made, url = process
+    marked = png(3) + b"MARK-IN-THE-BODY"
+    body = {"instances": [{"b64": base64.b64encode(marked).decode()}]}
+    answers: list[requests.Response] = []
+    session = requests.Session()
+    session.post(f"{url}/v1/models/encoder:predict", json=body, timeout=30)  # the connection stays open
+
+    def ask() -> None:
+        answers.append(session.post(f"{url}/v1/models/encoder:predict", json=body, timeout=30))
+
+    client = threading.Thread(target=ask)
+    client.start()
+    time.sleep(0.1)  # it now waits for company, for 300 ms
+    bad = requests.post(f"{url}/v1/models/encoder:predict", data=b'{"instances": "MARK-IN-THE-BODY', timeout=30)
+    made.send_signal(signal.SIGTERM)
+    out, err = made.communicate(timeout=60)
+    client.join()
+    assert [answer.status_code for answer in answers] == [200]
+    assert bad.status_code == 400
+    assert made.returncode == 0
+    assert out.splitlines() == ["stopping: finishing what is in flight", "imported:"]
+    assert "MARK" not in err
+    assert err == ""
+    with pytest.raises(requests.ConnectionError):
+        requests.get(f"{url}/healthz", timeout=5)
+
+
+def test_a_signal_before_it_is_ready_ends_it(encoders):
+    made = start("--model", str(encoders(0)))
+    time.sleep(1.5)
+    made.send_signal(signal.SIGINT)
+    made.communicate(timeout=60)
+    assert made.returncode in (0, 130)  # the latter where Python itself was still starting
+
+
+def refused(capsys: pytest.CaptureFixture, *arguments: str) -> str:
+    assert cli.main(["serve", *arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1
+    return captured.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], ["--model"]),
+        (["--max-batch", "0"], ["--max-batch 0 must lie in 1 to 4096", "e.g. --max-batch 1"]),
+        (["--max-batch", "many"], ["--max-batch", "many"]),
+        (["--timeout", "nan"], ["--timeout nan must lie in"]),
+        (["--rest-port", "70000"], ["--rest-port 70000", "65535"]),
+        (["--rest-port", "9000", "--grpc-port", "9000"], ["--rest-port and --grpc-port are both 9000"]),
+        (["--name", "a/b"], ["--name 'a/b'", "--name encoder"]),
+        (["--max-buffered-mb", "1"], ["--max-buffered-mb 1 is below --max-request-mb 32"]),
+        (["--port", "1"], ["serve takes no --port", "--rest-port"]),
+    ],
+)
+def test_what_cannot_work_is_refused_in_one_line(capsys, arguments, words):
+    said = refused(capsys, *(["--model", "/nowhere"] if arguments else []), *arguments)
+    for word in words:
+        assert word in said
+
+
+def test_a_port_that_is_in_use_is_told_before_tensorflow_is_imported():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        for option, other in (("--rest-port", "--grpc-port"), ("--grpc-port", "--rest-port")):
+            program = PROGRAM.replace("tfx", "tensorflow")
+            command = [sys.executable, "-c", program, "--model", "x", option, port, other, "0"]
+            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+            assert done.returncode == 2
+            assert done.stderr.startswith(f"moco: {option} {port} on 127.0.0.1: ")
+            assert done.stderr.count("\n") == 1
+            assert done.stdout == "imported:\n"
+
+
+def test_it_listens_on_loopback_unless_told_otherwise(process):
+    made, url = process
+    port = int(url.rpartition(":")[2])
+    rows = [line.split() for line in Path(f"/proc/{made.pid}/net/tcp").read_text().splitlines()[1:]]
+    listening = [row[1].split(":") for row in rows if row[3] == "0A"]
+    (address,) = [host for host, found in listening if int(found, 16) == port]
+    assert address == "0100007F"
+    os.kill(made.pid, signal.SIGKILL)

@@ -1,0 +1,195 @@
+"""New versions: they take over with no failed request, and a broken one does not."""
+
+import base64
+import os
+import shutil
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import requests
+import tensorflow as tf
+from running_server import Running, running
+from tensorflow_serving.apis import predict_pb2, prediction_log_pb2
+
+from components.pusher import publish
+from pipeline.serving.model import WARMUP_FILE
+from trainer_module.errors import UserError
+
+
+@pytest.fixture
+def base(encoders, tmp_path) -> publish.Place:
+    """A place of publication with one version, of the encoder with seed 0."""
+    at = publish.place(str(tmp_path / "serving"))
+    publish.publish(str(encoders(0)), at)
+    return at
+
+
+def version(server: Running) -> int:
+    return server.wait(current(server))
+
+
+async def current(server: Running) -> int:
+    with server.app._versions.lease("encoder") as model:
+        return model.version
+
+
+def states(server: Running) -> dict[int, str]:
+    told = server.get("/v1/models/encoder").json()["model_version_status"]
+    return {int(one["version"]): one["state"] for one in told}
+
+
+def look(server: Running) -> None:
+    server.wait(server.app._versions.look())
+
+
+def test_a_new_version_takes_over_with_no_failed_request(base, encoders, png):
+    body = {"instances": [{"b64": base64.b64encode(png(0)).decode()}]}
+    with running(base.base, poll=0.05) as server:
+        first, answers, stop = version(server), [], threading.Event()
+
+        def ask() -> None:
+            with requests.Session() as session:
+                while not stop.is_set():
+                    answers.append(session.post(f"{server.rest}/v1/models/encoder:predict", json=body, timeout=30))
+
+        clients = [threading.Thread(target=ask) for _ in range(3)]
+        for client in clients:
+            client.start()
+        second = int(os.path.basename(publish.publish(str(encoders(1)), base)))
+        while states(server).get(first) != "END":
+            threading.Event().wait(0.02)
+        before = len(answers)
+        while len(answers) < before + 10:
+            threading.Event().wait(0.02)
+        stop.set()
+        for client in clients:
+            client.join()
+        assert {answer.status_code for answer in answers} == {200}
+        embeddings = {tuple(np.round(answer.json()["predictions"][0], 4)) for answer in answers}
+        assert len(embeddings) == 2
+        assert states(server) == {first: "END", second: "AVAILABLE"}
+        assert server.metric("version ") == second
+        assert server.post(f"/v1/models/encoder/versions/{first}:predict", json=body).status_code == 404
+
+
+def test_going_back_by_the_pointer_is_followed(base, encoders):
+    publish.publish(str(encoders(1)), base)
+    first, second = publish.versions(base)
+    with running(base.base) as server:
+        assert version(server) == int(second.number)
+        publish.rollback(base, first.number)
+        look(server)
+        assert version(server) == int(first.number)
+
+
+def break_graph(folder: Path) -> None:
+    (folder / "saved_model.pb").write_bytes(b"\xff\xff no graph")
+
+
+def break_variables(folder: Path) -> None:
+    (folder / "variables" / "variables.data-00000-of-00001").write_bytes(b"")
+
+
+def break_computation(folder: Path) -> None:
+    class Failing(tf.Module):
+        @tf.function(input_signature=[tf.TensorSpec([None], tf.string, name="image_bytes")])
+        def serving_default(self, image_bytes):
+            with tf.control_dependencies([tf.debugging.assert_less(tf.size(image_bytes), 0, "it never works")]):
+                return {"embedding": tf.zeros([tf.size(image_bytes), 3])}
+
+    shutil.rmtree(folder)
+    module = Failing()
+    tf.saved_model.save(module, str(folder), signatures={"serving_default": module.serving_default})
+
+
+@pytest.mark.parametrize("breaking", [break_graph, break_variables, break_computation])
+def test_a_broken_version_is_refused_with_one_line_and_the_old_one_stays(base, encoders, tmp_path, caplog, breaking):
+    with running(base.base) as server:
+        first = version(server)
+        shutil.copytree(encoders(1), tmp_path / "broken")
+        breaking(tmp_path / "broken")
+        second = int(os.path.basename(publish.publish(str(tmp_path / "broken"), base)))
+        caplog.clear()
+        for _ in range(3):
+            look(server)
+        (line,) = [record.getMessage() for record in caplog.records if "refused" in record.getMessage()]
+        assert line.startswith(f"version {second} is refused, {first} stays in service: ")
+        assert "\n" not in line
+        assert version(server) == first
+        assert states(server) == {first: "AVAILABLE", second: "END"}
+        third = int(os.path.basename(publish.publish(str(encoders(2)), base)))
+        look(server)
+        assert version(server) == third
+
+
+def test_a_place_that_cannot_be_read_changes_nothing_and_is_told_once(base, caplog):
+    with running(base.base) as server:
+        first = version(server)
+        (Path(base.base) / "latest.json").write_text("{")
+        for _ in range(3):
+            look(server)
+        assert version(server) == first
+        assert sum("cannot look for new versions" in record.getMessage() for record in caplog.records) == 1
+
+
+def test_the_old_version_goes_when_its_last_request_is_done(base, encoders):
+    with running(base.base) as server:
+        first = version(server)
+        versions = server.app._versions
+
+        async def hold_while_another_takes_over() -> list[str]:
+            with versions.lease("encoder") as model:
+                publish.publish(str(encoders(1)), base)
+                await versions.look()
+                during = versions.states("encoder", first)[0].name
+                row = model.signatures["pixels"]({"image": np.zeros((1, 20, 20, 3), np.float32)})
+            return [during, row.errors, versions.states("encoder", first)[0].name]
+
+        assert server.wait(hold_while_another_takes_over()) == ["UNLOADING", {}, "END"]
+
+
+def test_a_model_that_is_named_itself_is_served_by_its_number_or_as_1(base, encoders):
+    with running(encoders(0)) as server:
+        look(server)
+        assert version(server) == 1
+    path = publish.resolve(base.base)
+    with running(path) as server:
+        publish.publish(str(encoders(1)), base)
+        look(server)
+        assert version(server) == int(os.path.basename(path))
+
+
+@pytest.mark.parametrize("what", ["missing", "empty", "broken"])
+def test_where_there_is_nothing_to_serve_the_start_is_refused(encoders, tmp_path, what):
+    if what != "missing":
+        (tmp_path / "model").mkdir()
+    if what == "broken":
+        shutil.copytree(encoders(0), tmp_path / "model", dirs_exist_ok=True)
+        break_graph(tmp_path / "model")
+    with pytest.raises(UserError, match=r"folder|SavedModel"), running(tmp_path / "model"):
+        pass
+
+
+def test_the_warm_up_requests_that_lie_with_a_model_are_played(encoders, tmp_path, png):
+    folder = tmp_path / "model"
+    shutil.copytree(encoders(0), folder)
+    request = predict_pb2.PredictRequest()
+    request.model_spec.signature_name = "serving_default"
+    request.inputs["image_bytes"].CopyFrom(tf.make_tensor_proto([png(0), png(1)]))
+    log = prediction_log_pb2.PredictionLog(predict_log=prediction_log_pb2.PredictLog(request=request))
+    (folder / WARMUP_FILE).parent.mkdir(exist_ok=True)
+
+    def write() -> None:
+        with tf.io.TFRecordWriter(str(folder / WARMUP_FILE)) as writer:
+            writer.write(log.SerializeToString())
+
+    write()
+    with running(folder):
+        pass
+    request.inputs["image_bytes"].CopyFrom(tf.make_tensor_proto([b"no image"]))
+    log.predict_log.request.CopyFrom(request)
+    write()
+    with pytest.raises(UserError, match="cannot be warmed up: not_an_image"), running(folder):
+        pass
