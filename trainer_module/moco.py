@@ -141,7 +141,9 @@ class MoCo:
                 # The negatives are those from before this step
                 loss, l_pos, l_neg = _info_nce(q, k, state.queue, self.temperature)
         with tf.name_scope("gradients"):
-            gradients = mean(replica, tape.gradient(loss, state.query))
+            own = zip(tape.gradient(loss, state.query), _arithmetic(self.model), strict=True)
+            averages = mean(replica, [tf.cast(g, dtype) for g, dtype in own])
+            gradients = [tf.cast(g, w.dtype) for g, w in zip(averages, state.query, strict=True)]
 
         # SGD as in PyTorch: the decay is part of the gradient and covers every parameter
         with tf.name_scope("sgd"):
@@ -169,6 +171,15 @@ class MoCo:
         )
         with tf.name_scope("metrics"):
             return new, _measure(loss, q, l_pos, l_neg, rate, replica)
+
+
+def _arithmetic(model: keras.Model) -> list[str]:
+    """The type of each parameter's gradient as the cores exchange it: for kernels that of their layer's arithmetic.
+
+    A kernel's gradient is a sum of products of activations, and no more precise than they are; vectors weigh nothing.
+    """
+    dtypes = {id(v): layer.compute_dtype for layer in layers_of(model) for v in layer.trainable_variables}
+    return [dtypes[id(v)] if len(v.shape) > 1 else v.dtype for v in model.trainable_variables]
 
 
 def _info_nce(
@@ -199,6 +210,11 @@ def _measure(
     loss, top1, top5, positive, negative, first, second = mean(replica, local)
     std = tf.reduce_mean(tf.sqrt(tf.maximum(second - first**2, 0.0)))
     return Metrics(loss, top1, top5, positive, negative, 2 - 2 * positive, std, rate)
+
+
+def layers_of(model: keras.Model) -> list[keras.Layer]:
+    """All layers, those inside of others too."""
+    return list(model._flatten_layers(include_self=False, recursive=True))
 
 
 def initial_state(
