@@ -141,9 +141,7 @@ class MoCo:
                 # The negatives are those from before this step
                 loss, l_pos, l_neg = _info_nce(q, k, state.queue, self.temperature)
         with tf.name_scope("gradients"):
-            own = zip(tape.gradient(loss, state.query), _arithmetic(self.model), strict=True)
-            averages = mean(replica, [tf.cast(g, dtype) for g, dtype in own])
-            gradients = [tf.cast(g, w.dtype) for g, w in zip(averages, state.query, strict=True)]
+            gradients = _averaged(tape.gradient(loss, state.query), self.model, replica)
 
         # SGD as in PyTorch: the decay is part of the gradient and covers every parameter
         with tf.name_scope("sgd"):
@@ -173,13 +171,19 @@ class MoCo:
             return new, _measure(loss, q, l_pos, l_neg, rate, replica)
 
 
-def _arithmetic(model: keras.Model) -> list[str]:
-    """The type of each parameter's gradient as the cores exchange it: for kernels that of their layer's arithmetic.
+def _averaged(gradients: Tensors, model: keras.Model, replica: Replica) -> Tensors:
+    """Averages gradients over the replicas, those of kernels in the type of their layer's arithmetic.
 
     A kernel's gradient is a sum of products of activations, and no more precise than they are; vectors weigh nothing.
     """
+    if replica.count == 1:
+        return gradients
     dtypes = {id(v): layer.compute_dtype for layer in layers_of(model) for v in layer.trainable_variables}
-    return [dtypes[id(v)] if len(v.shape) > 1 else v.dtype for v in model.trainable_variables]
+    travelling = [
+        tf.cast(g, dtypes[id(v)]) if len(v.shape) > 1 else g
+        for g, v in zip(gradients, model.trainable_variables, strict=True)
+    ]
+    return [tf.cast(total, g.dtype) for total, g in zip(mean(replica, travelling), gradients, strict=True)]
 
 
 def _info_nce(
