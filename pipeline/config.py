@@ -38,7 +38,8 @@ from trainer_module.config import (
     StrategyKind,
     TrainConfig,
     Where,
-    is_power_of_two,
+    dealing,
+    nearest_share,
 )
 from trainer_module.errors import UserError
 
@@ -678,27 +679,19 @@ def _impossible_training(config: Config) -> Iterator[str]:
 
 
 def _impossible_key_bn(train: TrainConfig) -> Iterator[str]:
-    mode, groups = train.key_bn.mode, train.key_bn.groups
-    replicas = 1 if train.strategy is StrategyKind.single else train.replicas
-    batch = train.global_batch // replicas
+    key_bn, replicas = train.key_bn, 1 if train.strategy is StrategyKind.single else train.replicas
     if train.strategy is StrategyKind.tpu or train.tpu.name:
         return  # the cores of a TPU are counted when it is found
-    if mode is KeyBnMode.all_to_all and batch % replicas:
-        near = max(1, round(train.global_batch / replicas**2)) * replicas**2
+    share = train.global_batch // replicas
+    if does := dealing(key_bn, replicas, share):
+        mend = {
+            KeyBnMode.all_to_all: f"train.global_batch={nearest_share(key_bn, replicas, share) * replicas}",
+            KeyBnMode.butterfly: "train.key_bn.mode=auto",
+            KeyBnMode.split: f"train.key_bn.groups={max(g for g in range(1, key_bn.groups + 1) if share % g == 0)}",
+        }[key_bn.mode]
         yield (
-            f"train.key_bn.mode=all_to_all sends equal shares to {replicas} replicas, which train.global_batch="
-            f"{train.global_batch} does not allow; e.g. train.global_batch={near}"
-        )
-    if mode is KeyBnMode.butterfly and (batch % 2 or not is_power_of_two(replicas)):
-        yield (
-            f"train.key_bn.mode=butterfly halves the batch of each of a power of two of replicas, not "
-            f"train.global_batch={train.global_batch} over {replicas}; e.g. train.key_bn.mode=auto"
-        )
-    if mode is KeyBnMode.split and batch % groups:
-        near = max(divisor for divisor in range(1, groups + 1) if batch % divisor == 0)
-        yield (
-            f"train.key_bn.groups={groups} does not divide the {batch} images of a replica (train.global_batch="
-            f"{train.global_batch}, {replicas} replicas); e.g. train.key_bn.groups={near}"
+            f"train.key_bn.mode={key_bn.mode.name} {does}, which train.global_batch={train.global_batch} over "
+            f"{replicas} does not allow; e.g. {mend}"
         )
 
 

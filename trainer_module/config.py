@@ -277,6 +277,30 @@ def share_unit(key_bn: KeyBnConfig, replicas: int) -> int:
     return units.get(key_bn.mode, 1)
 
 
+def dealing(key_bn: KeyBnConfig, replicas: int, share: int) -> str | None:
+    """What a mode does that it cannot do with so many images, said after its name; None if it can.
+
+    Args:
+        key_bn: the mode.
+        replicas: R.
+        share: images of each replica, n.
+    """
+    mode = key_bn.mode
+    if share % share_unit(key_bn, replicas) == 0 and (mode is not KeyBnMode.butterfly or is_power_of_two(replicas)):
+        return None
+    return {
+        KeyBnMode.all_to_all: f"sends equal shares to {replicas} replicas",
+        KeyBnMode.butterfly: "halves the images of each of a power of two of replicas",
+        KeyBnMode.split: f"makes train.key_bn.groups={key_bn.groups} equal groups of a replica's images",
+    }[mode]
+
+
+def nearest_share(key_bn: KeyBnConfig, replicas: int, share: int) -> int:
+    """The number of images nearest to `share` that a mode can deal out."""
+    unit = share_unit(key_bn, replicas)
+    return max(1, round(share / unit)) * unit
+
+
 def shuffles_replicas(mode: KeyBnMode) -> bool:
     """Whether a mode shuffles key views over the replicas, and so does nothing on one."""
     return mode in (

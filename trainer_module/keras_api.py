@@ -22,7 +22,7 @@ from trainer_module.batch_norm import (
 from trainer_module.config import KeyBnMode
 from trainer_module.errors import UserError
 from trainer_module.key_queue import KeyQueue
-from trainer_module.moco import Metrics, MoCo, State, initial_state
+from trainer_module.moco import Metrics, MoCo, State, initial_state, layers_of
 from trainer_module.replica import SingleReplica
 from trainer_module.shuffle import key_encoding
 
@@ -350,11 +350,6 @@ def _mode(key_bn: KeyBnMode | str) -> KeyBnMode:
     return key_bn
 
 
-def _layers(model: keras.Model) -> list[keras.Layer]:
-    """All layers, those inside of others too."""
-    return list(model._flatten_layers(include_self=False, recursive=True))
-
-
 def _check_encoder(name: str, encoder: keras.Model) -> None:
     if not encoder.built or not encoder.trainable_variables:
         raise UserError(f"{name} has no weights to train; build it, for example by starting it with keras.Input")
@@ -389,7 +384,7 @@ def _check_layers(mode: KeyBnMode, encoder: keras.Model, key_encoder: keras.Mode
 
 def _check_norms(mode: KeyBnMode, name: str, model: keras.Model, wanted: type[keras.Layer]) -> None:
     known = (keras.layers.BatchNormalization, FusedBatchNormalization, SyncBatchNormalization)
-    norms = [layer for layer in _layers(model) if isinstance(layer, known)]
+    norms = [layer for layer in layers_of(model) if isinstance(layer, known)]
     if not norms:
         raise UserError(f"key_bn={mode.name}: {name} has no batch normalisation; use key_bn=none, which then is safe")
     for layer in norms:
@@ -431,7 +426,7 @@ def _check_batch(size: int | None, settings: _Settings, encoder: keras.Model) ->
     if size > settings.queue:
         raise UserError(f"queue={settings.queue} is smaller than the batch of {size}; make MoCoModel(queue={size})")
     if settings.key_bn is KeyBnMode.split:
-        groups = {layer.groups for layer in _layers(encoder) if isinstance(layer, SplitBatchNormalization)}
+        groups = {layer.groups for layer in layers_of(encoder) if isinstance(layer, SplitBatchNormalization)}
         for count in groups:
             if size % count:
                 nearest = max(size // count, 1) * count

@@ -141,7 +141,7 @@ class MoCo:
                 # The negatives are those from before this step
                 loss, l_pos, l_neg = _info_nce(q, k, state.queue, self.temperature)
         with tf.name_scope("gradients"):
-            gradients = mean(replica, tape.gradient(loss, state.query))
+            gradients = _averaged(tape.gradient(loss, state.query), self.model, replica)
 
         # SGD as in PyTorch: the decay is part of the gradient and covers every parameter
         with tf.name_scope("sgd"):
@@ -169,6 +169,21 @@ class MoCo:
         )
         with tf.name_scope("metrics"):
             return new, _measure(loss, q, l_pos, l_neg, rate, replica)
+
+
+def _averaged(gradients: Tensors, model: keras.Model, replica: Replica) -> Tensors:
+    """Averages gradients over the replicas, those of kernels in the type of their layer's arithmetic.
+
+    A kernel's gradient is a sum of products of activations, and no more precise than they are; vectors weigh nothing.
+    """
+    if replica.count == 1:
+        return gradients
+    dtypes = {id(v): layer.compute_dtype for layer in layers_of(model) for v in layer.trainable_variables}
+    travelling = [
+        tf.cast(g, dtypes[id(v)]) if len(v.shape) > 1 else g
+        for g, v in zip(gradients, model.trainable_variables, strict=True)
+    ]
+    return [tf.cast(total, g.dtype) for total, g in zip(mean(replica, travelling), gradients, strict=True)]
 
 
 def _info_nce(
@@ -199,6 +214,11 @@ def _measure(
     loss, top1, top5, positive, negative, first, second = mean(replica, local)
     std = tf.reduce_mean(tf.sqrt(tf.maximum(second - first**2, 0.0)))
     return Metrics(loss, top1, top5, positive, negative, 2 - 2 * positive, std, rate)
+
+
+def layers_of(model: keras.Model) -> list[keras.Layer]:
+    """All layers, those inside of others too."""
+    return list(model._flatten_layers(include_self=False, recursive=True))
 
 
 def initial_state(

@@ -23,7 +23,7 @@ from pipeline.tpu.chips import Topology
 from pipeline.tpu.hlo import Collective
 from pipeline.worker import ROOT, Worker
 from trainer_module import config_json, progress
-from trainer_module.config import EncoderConfig, KeyBnMode, TrainConfig, is_power_of_two
+from trainer_module.config import EncoderConfig, KeyBnMode, TrainConfig, dealing, nearest_share
 from trainer_module.errors import UserError
 
 CACHE = ROOT / ".cache" / "tpu-report"
@@ -138,31 +138,20 @@ def request_for(config: Config, topology: Topology, batch_per_core: int | None =
 
 
 def _impossible(train: TrainConfig, topology: Topology, batch_per_core: int | None) -> str | None:
-    cores, batch = topology.cores, train.global_batch
+    cores, batch, key_bn = topology.cores, train.global_batch, train.key_bn
     set_by = f"--batch-per-core {batch_per_core}" if batch_per_core else f"train.global_batch={batch}"
-    share, mode, groups = batch // cores, train.key_bn.mode, train.key_bn.groups
+    share = batch // cores
     if batch % cores:
-        near = max(1, round(batch / cores))
-        return f"{set_by} is not divisible by the {cores} cores of {topology}; e.g. --batch-per-core {near}"
+        whole = max(1, round(batch / cores))
+        return f"{set_by} is not divisible by the {cores} cores of {topology}; e.g. --batch-per-core {whole}"
     if batch > train.queue:
         least = f"--set train.queue={batch}"
         return f"{set_by} makes {batch} images a step on {topology}, more than train.queue={train.queue}; e.g. {least}"
-    if mode is KeyBnMode.all_to_all and share % cores:
-        near = max(1, round(share / cores)) * cores
+    if does := dealing(key_bn, cores, share):
+        other, near = "--set train.key_bn.mode=auto", f"--batch-per-core {nearest_share(key_bn, cores, share)}"
         return (
-            f"train.key_bn.mode=all_to_all sends equal shares to the {cores} cores of {topology}, which {set_by} does "
-            f"not allow; e.g. --batch-per-core {near}, or another mode"
-        )
-    if mode is KeyBnMode.butterfly and (share % 2 or not is_power_of_two(cores)):
-        return (
-            f"train.key_bn.mode=butterfly halves the {share} images of each of the {cores} cores of {topology} "
-            f"({set_by}), so these must be even and those a power of two; e.g. --set train.key_bn.mode=auto"
-        )
-    if mode is KeyBnMode.split and share % groups:
-        near = max(1, round(share / groups)) * groups
-        return (
-            f"train.key_bn.groups={groups} does not divide the {share} images of a core of {topology} ({set_by}); "
-            f"e.g. --batch-per-core {near}"
+            f"train.key_bn.mode={key_bn.mode.name} {does}, which {set_by} on the {cores} cores of {topology} does not "
+            f"allow; e.g. {other if key_bn.mode is KeyBnMode.butterfly else near}"
         )
     return None
 

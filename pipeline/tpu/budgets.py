@@ -5,6 +5,7 @@ compiler. `./moco tpu-report --check-budgets` compares, `--write-budgets` writes
 """
 
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -125,7 +126,7 @@ def check() -> list[str]:
     for line in found:
         console.line(line)
     meant = "if that was meant: ./moco tpu-report --write-budgets"
-    exceeded = f"{len(found)} budgets of {FILE.relative_to(ROOT)} are exceeded; {meant}"
+    exceeded = f"{len(found)} budgets of {_shown(FILE)} are exceeded; {meant}"
     console.line(exceeded if found else f"{len(figures)} programs are within their budgets")
     return found
 
@@ -147,4 +148,8 @@ def write() -> None:
     temporary.replace(FILE)
     for line in breaches(former, figures) if former else ():
         console.line(line)
-    console.line(f"wrote {FILE.relative_to(ROOT)}")
+    console.line(f"wrote {_shown(FILE)}")
+
+
+def _shown(file: Path) -> str:
+    return os.path.relpath(file, ROOT)

@@ -150,7 +150,7 @@ def test_help_and_refusals_import_nothing_heavy(arguments):
         ),
         (
             ["tpu-report", "--set", "train.key_bn.mode=split", "--batch-per-core", "30"],
-            ["train.key_bn.groups=8", "30 images", "--batch-per-core 32"],
+            ["train.key_bn.groups=8", "--batch-per-core 30 ", "--batch-per-core 32"],
         ),
         (["tpu-report", "--batch-per-core", "10000"], ["--batch-per-core 10000", "train.queue=80000"]),
     ],

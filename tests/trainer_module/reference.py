@@ -253,3 +253,10 @@ class Reference:
             return d
 
         return embedding, {**stats1, **stats2}, back
+
+
+def pairs_of_views(steps: int, batch: int, side: int) -> Array:
+    """uint8[steps, 2, batch, side, side, 3]: pairs of different brightness, so that BN groups matter."""
+    rng = np.random.default_rng(5)
+    images = rng.integers(0, 256, (steps, 1, batch, side, side, 3)) * rng.uniform(0.2, 1, (steps, 1, batch, 1, 1, 3))
+    return np.clip(images + rng.normal(0, 20, (steps, 2, batch, side, side, 3)), 0, 255).astype(np.uint8)

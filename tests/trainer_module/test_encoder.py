@@ -8,6 +8,7 @@ import tensorflow as tf
 from trainer_module.batch_norm import FusedBatchNormalization
 from trainer_module.config import EncoderConfig, Head, Precision, Stem
 from trainer_module.encoder import build_encoder
+from trainer_module.replica import SingleReplica, entered
 
 # Trainable parameters of torchvision's models without their last layer.
 TORCHVISION_PARAMETERS = {
@@ -73,6 +74,36 @@ def test_fused_batch_normalisation_has_keras_gradients():
         gradients.append(tape.gradient(loss, [x, layer.gamma.value, layer.beta.value]))
     for ours, theirs in zip(*gradients, strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-4)
+
+
+class OnTpu(SingleReplica):
+    on_tpu = True
+
+
+def test_what_a_tpu_makes_again_in_the_backward_pass_changes_no_bit():
+    model = build_encoder(EncoderConfig("resnet18", width=4, dim=8), 32, Precision.float32, 0).model
+    x = tf.random.stateless_normal([4, 32, 32, 3], [1, 2])
+    weights, stats = (
+        [tf.convert_to_tensor(v.value) for v in of] for of in (model.trainable_variables, model.non_trainable_variables)
+    )
+
+    def step_of(replica):
+        @tf.function(jit_compile=True)
+        def step(weights, stats):
+            with entered(replica), tf.GradientTape() as tape:
+                tape.watch(weights)
+                y, new = model.stateless_call(weights, stats, x, training=True)
+                loss = tf.reduce_sum(y**2)
+            return tape.gradient(loss, weights), new
+
+        program = step.experimental_get_compiler_ir(weights, stats)(stage="hlo")
+        return tf.nest.flatten(step(weights, stats)), program.count(" convolution(")
+
+    kept, convolutions = step_of(SingleReplica())
+    made_again, more_convolutions = step_of(OnTpu())
+    assert more_convolutions == convolutions + 3  # one in each block that widens
+    for a, b in zip(kept, made_again, strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 def test_bfloat16_keeps_statistics_and_outputs_in_float32():

@@ -6,9 +6,10 @@ import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer_module.config import KeyBnMode, Schedule, TrainConfig
+from trainer_module.config import EncoderConfig, KeyBnMode, Precision, Schedule, Stem, TrainConfig
 from trainer_module.driver import Driver, learning_rate
-from trainer_module.moco import MoCo, initial_state
+from trainer_module.encoder import build_encoder
+from trainer_module.moco import MoCo, _averaged, initial_state
 from trainer_module.replica import ContextReplica, SingleReplica, gather, own_rows
 from trainer_module.shuffle import key_encoding, permutation
 from trainer_module.strategy import make_strategy
@@ -141,6 +142,31 @@ def test_two_replicas_take_the_gradient_of_the_global_batch(model, views):
     for i, w in enumerate(both.query):
         np.testing.assert_allclose(w, (halves[0][0].query[i] + halves[1][0].query[i]) / 2, atol=1e-5)
     np.testing.assert_allclose(metrics.loss, (halves[0][1].loss + halves[1][1].loss) / 2, rtol=1e-5)
+
+
+@pytest.mark.parametrize("precision", list(Precision), ids=lambda p: p.name)
+def test_gradients_of_kernels_travel_in_the_type_of_the_activations_and_are_averaged(precision):
+    class Recording(ContextReplica):
+        def sum(self, tree):
+            if tf.get_current_name_scope().startswith("gradients"):
+                travelled.append({(g.dtype.name, g.shape.rank > 1) for g in tree})
+            return tf.nest.map_structure(lambda x: 2 * x, tree)
+
+        count, index = 2, 0
+
+        def __init__(self):
+            pass
+
+    travelled = []
+    model = build_encoder(EncoderConfig("resnet18", Stem.cifar, width=4, dim=8), SIDE, precision, 0).model
+    gradients = [tf.random.stateless_normal(v.shape, [i, 0]) for i, v in enumerate(model.trainable_variables)]
+    with tf.name_scope("gradients"):
+        averaged = _averaged(gradients, model, Recording())
+    # The last layer, whose output is float32, has a float32 kernel in any precision.
+    assert travelled == [{(precision.name, True), ("float32", True), ("float32", False)}]
+    for before, after in zip(gradients, averaged, strict=True):
+        assert after.dtype == before.dtype
+        np.testing.assert_allclose(before, after, rtol=2**-8 if precision is Precision.bfloat16 else 0)
 
 
 def test_cosine_schedule_goes_by_epochs_without_warm_up():

@@ -11,7 +11,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from reference import STATS, WEIGHTS, Outcome, Reference, State, info_nce
+from reference import STATS, WEIGHTS, Outcome, Reference, State, info_nce, pairs_of_views
 
 from pipeline.bench import _float64
 from trainer_module.batch_norm import FusedBatchNormalization
@@ -59,10 +59,7 @@ def moco(model, dtype):
 
 @pytest.fixture(scope="module")
 def views():
-    """uint8[STEPS, 2, BATCH, SIDE, SIDE, 3]: pairs of different brightness, so that BN groups matter."""
-    rng = np.random.default_rng(5)
-    images = rng.integers(0, 256, (STEPS, 1, BATCH, SIDE, SIDE, 3)) * rng.uniform(0.2, 1, (STEPS, 1, BATCH, 1, 1, 3))
-    return np.clip(images + rng.normal(0, 20, (STEPS, 2, BATCH, SIDE, SIDE, 3)), 0, 255).astype(np.uint8)
+    return pairs_of_views(STEPS, BATCH, SIDE)
 
 
 def run_float64(replicas, views):

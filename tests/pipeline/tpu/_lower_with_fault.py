@@ -1,6 +1,10 @@
-"""Runs in .venv-tpu-lower: as pipeline.tpu._lower, with a fault planted in the step where the question names one."""
+"""Runs in .venv-tpu-lower: as pipeline.tpu._lower, with a fault planted in the step.
+
+The fault is one that the question names, or that the command line names for all questions.
+"""
 
 import contextlib
+import sys
 from collections.abc import Iterator
 from typing import Any
 from unittest import mock
@@ -14,8 +18,8 @@ from trainer_module import lowering, moco, replica, shuffle
 
 def keys_stay_shuffled(core, rows, places):
     """The inverse permutation is forgotten: keys keep the places where they were encoded."""
-    is_image = rows.shape.rank == 4
-    return replica.gather(core, rows, places if is_image else core.index * rows.shape[0] + tf.range(rows.shape[0]))
+    are_pixels = rows.dtype == tf.int32  # packed; keys are floats
+    return replica.gather(core, rows, places if are_pixels else core.index * rows.shape[0] + tf.range(rows.shape[0]))
 
 
 def summed_gradients(core, tree):
@@ -39,10 +43,17 @@ def two_groups(core):
     return [list(range(half)), list(range(half, core.count))]
 
 
+def exchanged_twice(core, blocks):
+    """Key views travel twice."""
+    return _EXCHANGE(core, _EXCHANGE(core, blocks))
+
+
+_EXCHANGE = lowering.LoweredReplica.all_to_all
 FAULTS = {
     "inverse permutation forgotten": lambda: mock.patch.object(shuffle, "gather", keys_stay_shuffled),
     "gradients summed, not averaged": lambda: mock.patch.object(moco, "mean", summed_gradients),
     "enqueued before the logits": lambda: mock.patch.object(moco.MoCo, "_step", enqueued_before_logits),
+    "exchanged twice": lambda: mock.patch.object(lowering.LoweredReplica, "all_to_all", exchanged_twice),
     "wrong group": lambda: mock.patch.object(lowering.LoweredReplica, "_group", property(two_groups)),
 }
 
@@ -54,7 +65,7 @@ def planted(fault: str | None) -> Iterator[None]:
 
 
 def answer(question: dict[str, Any]) -> dict[str, Any]:
-    with planted(question["fault"]):
+    with planted(question.get("fault", *sys.argv[1:])):
         return _lower.answer(question)
 
 

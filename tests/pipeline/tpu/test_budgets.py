@@ -3,11 +3,14 @@
 import copy
 import json
 import re
+from pathlib import Path
 
 import pytest
 
-from pipeline.tpu import budgets
+from pipeline import cli
+from pipeline.tpu import analysis, budgets
 from pipeline.tpu.analysis import Compiler
+from pipeline.worker import ROOT, Worker
 from trainer_module.config import KeyBnMode
 
 
@@ -19,6 +22,37 @@ def budget():
 def test_no_program_costs_more_than_its_budget(tpu_environments, budget):
     with Compiler() as compiler:
         assert budgets.breaches(budget, budgets.measure(compiler)) == []
+
+
+def test_the_command_fails_where_the_step_has_become_dearer_and_names_the_line(
+    tpu_environments, budget, tmp_path, monkeypatch, capsys
+):
+    name = KeyBnMode.all_to_all.name
+    one, file = {name: budgets.programs()[name]}, tmp_path / "budgets.json"
+    file.write_text(json.dumps({"programs": {name: budget[name]}}))
+    monkeypatch.setattr(budgets, "programs", lambda: one)
+    monkeypatch.setattr(budgets, "FILE", file)
+    monkeypatch.setattr(budgets, "Compiler", lambda: Compiler(tmp_path))
+    monkeypatch.setattr(analysis, "Worker", worker_with("exchanged twice"))
+    assert cli.main(["tpu-report", "--check-budgets"]) == cli.FAILED
+    said = capsys.readouterr().out
+    assert re.search(
+        r"all_to_all: 1 became 2 \(\+100%\) times all-to-all of key_shuffle; look at .*shuffle\.py:\d+", said
+    )
+    assert "budgets.json are exceeded; if that was meant: ./moco tpu-report --write-budgets" in said
+
+
+def worker_with(fault):
+    """Worker, but what lowers has a fault."""
+
+    def start(command):
+        if command[-1] != "pipeline.tpu._lower":
+            return Worker(command)
+        python = command[0]
+        program = Path(__file__).with_name("_lower_with_fault.py")
+        return Worker([python, "-s", program, fault], {"PYTHONPATH": str(ROOT)})
+
+    return start
 
 
 def test_every_mode_has_a_budget(budget):

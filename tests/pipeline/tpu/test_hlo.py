@@ -72,24 +72,22 @@ def test_the_outermost_scope_is_the_part_of_the_algorithm(scope, collective_, pa
     assert hlo.part_of(scope, collective=collective_) == part
 
 
-def test_bytes_go_to_the_part_that_moves_them_and_what_stays_on_the_chip_is_no_traffic():
-    text = program(
-        "%p.1 = f32[1000]{0} parameter(0)",
-        "%copy-start.1 = (f32[1000]{0:S(1)}, f32[1000]{0}, u32[]{:S(2)}) copy-start(%p.1)",
-        "%copy-done.1 = f32[1000]{0:S(1)} copy-done(%copy-start.1)",
-        '%fusion.1 = f32[500]{0} fusion(%copy-done.1), kind=kLoop, metadata={op_name="sgd/mul"}',
-    )
-    assert hlo.bytes_by_part(text) == {"sgd": 8000 + 6000}
-    assert hlo.bytes_by_part(text, hbm_only=True) == {"sgd": 4000 + 2000}
+COPIED = (
+    "%copy-start.1 = (f32[1000]{0:S(1)}, f32[1000]{0}, u32[]{:S(2)}) copy-start(%p.1)",
+    "%fetched.1 = f32[1000]{0:S(1)} copy-done(%copy-start.1)",
+)
+SLICED = (
+    "%slice-start.1 = (f32[1000]{0}, f32[250]{0:S(1)}, s32[]{:S(2)}) slice-start(%p.1)",
+    "%slice-done.1 = f32[250]{0:S(1)} slice-done(%slice-start.1)",
+    '%fetched.1 = f32[500]{0:S(1)} custom-call(%slice-done.1), custom_call_target="ConcatBitcast"',
+)
 
 
-def test_a_slice_that_is_fetched_reads_no_more_than_it_is_and_slices_side_by_side_are_one_array():
-    text = program(
-        "%p.1 = f32[1000]{0} parameter(0)",
-        "%slice-start.1 = (f32[1000]{0}, f32[250]{0:S(1)}, s32[]{:S(2)}) slice-start(%p.1)",
-        "%slice-done.1 = f32[250]{0:S(1)} slice-done(%slice-start.1)",
-        '%custom-call.1 = f32[500]{0:S(1)} custom-call(%slice-done.1), custom_call_target="ConcatBitcast"',
-        '%fusion.1 = f32[500]{0} fusion(%custom-call.1), kind=kLoop, metadata={op_name="sgd/mul"}',
-    )
-    assert hlo.bytes_by_part(text) == {"sgd": 2000 + 4000}
-    assert hlo.bytes_by_part(text, hbm_only=True) == {"sgd": 1000 + 2000}
+@pytest.mark.parametrize(("fetch", "moved", "used"), [(COPIED, 4000, 4000), (SLICED, 1000, 2000)])
+def test_bytes_go_to_the_part_that_uses_them_as_often_as_they_move_and_on_the_chip_they_are_no_traffic(
+    fetch, moved, used
+):
+    result = '%fusion.1 = f32[500]{0} fusion(%fetched.1), kind=kLoop, metadata={op_name="sgd/mul"}'
+    text = program("%p.1 = f32[1000]{0} parameter(0)", *fetch, result)
+    assert hlo.bytes_by_part(text) == {"sgd": 2 * moved + used + 2000}
+    assert hlo.bytes_by_part(text, hbm_only=True) == {"sgd": moved + 2000}

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import tensorflow as tf
-from reference import STATS, WEIGHTS, Outcome, Reference, State
+from reference import STATS, WEIGHTS, Outcome, Reference, State, pairs_of_views
 
 from pipeline.tpu.analysis import Request
 from trainer_module import config_json
@@ -72,10 +72,7 @@ def state_of(mode, leaves):
 
 @pytest.fixture(scope="module")
 def views():
-    """uint8[STEPS, 2, BATCH, SIDE, SIDE, 3]: pairs of different brightness, so that BN groups matter."""
-    rng = np.random.default_rng(5)
-    images = rng.integers(0, 256, (STEPS, 1, BATCH, SIDE, SIDE, 3)) * rng.uniform(0.2, 1, (STEPS, 1, BATCH, 1, 1, 3))
-    return np.clip(images + rng.normal(0, 20, (STEPS, 2, BATCH, SIDE, SIDE, 3)), 0, 255).astype(np.uint8)
+    return pairs_of_views(STEPS, BATCH, SIDE)
 
 
 def fed(mode, views):
