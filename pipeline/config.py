@@ -521,6 +521,8 @@ def _convertible(value: Any, leaf: _Leaf) -> Any:
     """Returns the value nearest to what was written that has the right type; else the default."""
     kind, _ = _unwrap(leaf.hint)
     if typing.get_args(kind):
+        if typing.get_args(kind)[0] is str:
+            return [str(item) for item in value] if isinstance(value, list) else [str(value)]
         texts = value if isinstance(value, list) else str(value).split(",")
         items = [_number(text) for text in texts]
         return leaf.default if not items or None in items else [round(item) for item in items if item is not None]

@@ -4,6 +4,7 @@ import dataclasses
 import enum
 import json
 import math
+import typing
 from pathlib import Path
 
 import pytest
@@ -308,7 +309,7 @@ def test_a_missing_preset_or_file_is_refused_with_the_nearest_ones(tmp_path: Pat
 
 
 def test_every_number_has_a_range_that_holds_its_default_and_every_range_a_key():
-    lists = {key for key, leaf in DEFAULTS.items() if isinstance(leaf.default, tuple)}
+    lists = {key for key, leaf in DEFAULTS.items() if typing.get_args(leaf.hint)[:1] in ((int,), (float,))}
     assert set(RANGES) == set(NUMERIC) | lists
     assert set(CHOICES) <= set(DEFAULTS)
     validate(Config())
@@ -423,3 +424,10 @@ def test_every_enum_is_written_by_a_name_that_reads_back():
                 for step in section.split("."):
                     part = getattr(part, step)
                 assert getattr(part, name) is member
+
+
+def test_the_words_of_a_card_are_taken_as_they_are_and_a_lone_limit_is_told_how_to_be_a_list():
+    card = load("demo", ["card.license=apache-2.0", "card.owner=Vision <us> & co", "card.limits=[Not by night.]"]).card
+    assert (card.license, card.owner, card.limits) == ("apache-2.0", "Vision <us> & co", ("Not by night.",))
+    with pytest.raises(UserError, match=r"^card.limits='Not by night.' is not a list of texts; e.g. card.limits=\["):
+        load("demo", ["card.limits=Not by night."])

@@ -44,7 +44,7 @@ SETTINGS = (
 UPSTREAM = {
     "ImageExampleGen", "StatisticsGen", "SchemaGen", "ExampleValidator", "Transform", "ViewAugmenter"
 }  # fmt: skip
-COMPONENTS = UPSTREAM | {"Trainer", "Evaluator", "ServingCheck", "Pusher"}
+COMPONENTS = UPSTREAM | {"Trainer", "Evaluator", "ServingCheck", "ModelCard", "Pusher"}
 
 
 def settings(*more):
@@ -143,7 +143,7 @@ def test_killed_runs_have_said_what_they_did_and_each_finished_stage_was_taken_o
     done = re.findall(r"^(\w+) .* (?:[\d.]+ s|cached)$", killed, re.MULTILINE)
     computed = re.findall(r"^(\w+) .* [\d.]+ s$", killed, re.MULTILINE)
     assert sorted(computed) == sorted(set(computed)), "a finished stage was done again"
-    assert {"ImageExampleGen", "Transform", "ViewAugmenter", "Trainer", "Evaluator"} <= set(done)
+    assert {"ImageExampleGen", "Transform", "ViewAugmenter", "Trainer", "Evaluator", "ModelCard"} <= set(done)
     assert "Traceback" not in killed
 
 
@@ -201,6 +201,7 @@ def test_every_component_leaves_its_artifact(first, workdir):
         "Evaluator/evaluation/*/metrics*",
         "Evaluator/blessing/*/BLESSED",
         "ServingCheck/blessing/*/INFRA_BLESSED",
+        "ModelCard/model_card/*/model_card.html",
         "Pusher/pushed_model/*/saved_model.pb",
     ):
         assert list(artifacts.glob(pattern)), pattern
@@ -212,6 +213,22 @@ def test_the_resolved_configuration_is_in_the_run_s_folder_and_in_the_model_s_ca
     card = json.loads(Path(result_of(workdir)["pushed_model"], CARD_FILE).read_text())
     assert card["config"]["train.queue"] == 64
     assert card["encoder"]["dim"] == 32
+
+
+def test_the_card_of_the_published_model_says_what_it_was_made_from_and_how_good_it_is(first, workdir):
+    result = result_of(workdir)
+    card = json.loads(Path(result["pushed_model"], CARD_FILE).read_text())
+    assert {key: card["data"]["counts"][key] for key in result["images"]} == result["images"]
+    metrics = {metric["name"]: metric["trained"] for metric in card["evaluation"]["metrics"]}
+    assert metrics["knn_top1"]["value"] == result["metrics"]["knn_top1"]
+    assert metrics["knn_top1"]["low"] < metrics["knn_top1"]["high"]
+    assert card["training"]["steps"] == result["train"]["steps"]
+    assert {"Trainer", "Evaluator", "Pusher"} <= set(card["code"])
+    models = {artifact.id for artifact in store_of(workdir).get_artifacts_by_type("Model")}
+    assert card["lineage"]["artifacts"]["model"]["id"] in models
+    page = Path(result["model_card"]).read_bytes()
+    assert page == Path(result["pushed_model"], "assets.extra", "model_card.html").read_bytes()
+    assert page.count(b'<figure class="query">') == 12
 
 
 def test_the_pushed_encoder_needs_nothing_but_tensorflow_and_its_signatures_agree(
@@ -300,6 +317,7 @@ def test_a_worse_model_than_the_last_blessed_is_not_pushed_and_fails_only_where_
     assert local.run(strict, str(images), workdir, require_blessing=True) == 1
     result = result_of(workdir)
     assert (result["status"], result["blessed"], result["pushed_model"]) == ("not_blessed", False, None)
+    assert "Not blessed: " in Path(result["model_card"]).read_text()
     assert sorted((workdir / "serving" / "encoder").glob("[0-9]*")) == versions
     out = capsys.readouterr().out
     reason = r"serving_default: one image takes .* ms \(p95\), above serving_check\.max_latency_ms=0\.0001"
@@ -319,6 +337,9 @@ def test_unlabelled_images_run_to_the_end_with_label_metrics_null(sample_images,
     labelled = ("knn_top1", "linear_top1", "random_init_knn_top1", "pixel_knn_top1")
     assert [metrics[name] for name in labelled] == [None] * 4
     assert all(np.isfinite(metrics[name]) for name in metrics if name not in labelled)
+    page = Path(result_of(workdir)["model_card"]).read_text()
+    assert '<figure class="query">' in page
+    assert "There are no labels in both splits" in page
 
 
 def test_three_images_end_in_one_line_with_exit_code_2(sample_images, tmp_path, capsys):
