@@ -69,7 +69,7 @@ def _computations(
     candidate = names[0] if len(names) == 1 else constants.CANDIDATE_KEY
     baseline = [name for name in names if name != candidate]
     keys = [_key(metric, candidate) for metric in (*METRICS, RULES_KEY, NOTES_KEY, CLASSES_KEY)]
-    keys += [_key(metric, model) for model in baseline for metric in (*OF_A_MODEL, WITH_INTERVAL, *COUNTS)]
+    keys += [_key(metric, model) for model in baseline for metric in (*OF_A_MODEL, *COUNTS)]
     keys.append(metric_types.PlotKey(CONFUSION_KEY, model_name=candidate))
     preprocessor = metric_types.StandardMetricInputsPreprocessor({OUTCOME_KEY: {}}, include_default_inputs=False)
     combiner = ScorecardCombineFn(
