@@ -15,7 +15,18 @@ from tensorflow_model_analysis.proto import config_pb2, metrics_for_slice_pb2
 from components.evaluator.config import EvaluateConfig
 from components.evaluator.extractor import OUTCOME_KEY
 from components.evaluator.outcomes import HITS, REPRESENTATIONS, Outcome, Views
-from components.evaluator.scorecard import COUNTS, METRICS, OF_A_MODEL, Estimate, Facts, Sample, Slice, confusion, score
+from components.evaluator.scorecard import (
+    COUNTS,
+    METRICS,
+    OF_A_MODEL,
+    WITH_INTERVAL,
+    Estimate,
+    Facts,
+    Sample,
+    Slice,
+    confusion,
+    score,
+)
 from trainer_module import config_json
 
 RULES_KEY = "rules"  # of a metric: JSON, each rule with its outcome in words
@@ -141,10 +152,12 @@ class ScorecardCombineFn(beam.CombineFn):
         images = _slice(self.compact(accumulator))
         scorecard = score(images, self._config)
         figures: dict[metric_types.MetricKey, Any] = {
-            _key(name, self._candidate): _told(estimate) for name, estimate in scorecard.candidate.items()
+            _key(name, self._candidate): _told(name, estimate) for name, estimate in scorecard.candidate.items()
         }
         if self._baseline is not None:
-            figures |= {_key(name, self._baseline): _told(estimate) for name, estimate in scorecard.baseline.items()}
+            figures |= {
+                _key(name, self._baseline): _told(name, estimate) for name, estimate in scorecard.baseline.items()
+            }
         if images.facts is not None:
             figures[_key(RULES_KEY, self._candidate)] = json.dumps(scorecard.rules)
             figures[_key(NOTES_KEY, self._candidate)] = json.dumps(scorecard.notes)
@@ -201,9 +214,12 @@ def _sample(rows: NDArray[np.int64], views: Sequence[tuple[int, Views]]) -> Samp
     return Sample(rows, image, first, second)
 
 
-def _told(estimate: Estimate) -> Any:
-    """A figure with its interval as TFMA writes one; a bare number where there is none."""
-    if np.isnan(estimate.low):
+def _told(name: str, estimate: Estimate) -> Any:
+    """A figure with its interval as TFMA writes one; a bare number where the metric has none.
+
+    The kind goes by the metric, since TFMA subtracts the baseline's from a bare number.
+    """
+    if name not in WITH_INTERVAL:
         return estimate.value
     bounded = metrics_for_slice_pb2.BoundedValue()
     bounded.value.value, bounded.lower_bound.value, bounded.upper_bound.value = estimate

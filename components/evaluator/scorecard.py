@@ -38,6 +38,7 @@ OF_THE_CANDIDATE = (
     "score_gain",
     "score_change",
 )
+WITH_INTERVAL = frozenset(OF_THE_CANDIDATE)
 COUNTS = ("bank_images", "query_images")
 P_VALUES = ("score_gain_p", "score_change_p")
 PASSED = "rules_passed"
