@@ -9,12 +9,14 @@ from pathlib import Path
 
 import grpc
 import keras
+import numpy as np
 import requests
 import tensorflow as tf
 from tensorflow_serving.apis import model_service_pb2_grpc, prediction_service_pb2_grpc
 
 from pipeline.serving import ports
 from pipeline.serving.app import App
+from pipeline.serving.batching import Result
 from pipeline.serving.config import ServeConfig
 from trainer_module.config import ImageConfig
 from trainer_module.export import EncoderModule
@@ -110,6 +112,24 @@ class Running:
         """The value of a metric, summed over its labels."""
         lines = self.get("/metrics").text.splitlines()
         return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith("moco_serve_" + name))
+
+
+@contextlib.contextmanager
+def busy(server: Running) -> Iterator[threading.Event]:
+    """Keeps the server's only worker busy until the event is set, or the context ends."""
+    gate, begun = threading.Event(), threading.Event()
+
+    def compute(tensors):
+        begun.set()
+        gate.wait(60)
+        return Result(1, dict(tensors), {})
+
+    run = server.app._batcher.run("busy", compute, {"x": np.zeros(1)}, 60)
+    future = asyncio.run_coroutine_threadsafe(run, server.loop)
+    assert begun.wait(30)
+    yield gate
+    gate.set()
+    future.result(30)
 
 
 @contextlib.contextmanager
