@@ -84,7 +84,6 @@ class Running:
     loop: asyncio.AbstractEventLoop
     rest: str
     target: str
-    session: requests.Session
     channel: grpc.Channel
 
     @property
@@ -96,10 +95,11 @@ class Running:
         return model_service_pb2_grpc.ModelServiceStub(self.channel)
 
     def get(self, path: str) -> requests.Response:
-        return self.session.get(self.rest + path, timeout=30)
+        return requests.get(self.rest + path, timeout=30)
 
     def post(self, path: str, **body) -> requests.Response:
-        return self.session.post(self.rest + path, timeout=30, **body)
+        # Each on a connection of its own: a kept one may end just when it is used again.
+        return requests.post(self.rest + path, timeout=30, **body)
 
     def predict(self, **document) -> requests.Response:
         return self.post("/v1/models/encoder:predict", json=document)
@@ -163,8 +163,8 @@ def running(model: Path | str, **settings) -> Iterator[Running]:
     if error := made.get("error"):
         raise error
     target = f"127.0.0.1:{made['grpc']}"
-    with requests.Session() as session, grpc.insecure_channel(target) as channel:
-        yield Running(made["app"], made["loop"], f"http://127.0.0.1:{made['port']}", target, session, channel)
+    with grpc.insecure_channel(target) as channel:
+        yield Running(made["app"], made["loop"], f"http://127.0.0.1:{made['port']}", target, channel)
     made["loop"].call_soon_threadsafe(ended.set)
     thread.join(30)
     assert not thread.is_alive()
