@@ -589,8 +589,7 @@ def _serve(options: argparse.Namespace) -> int:
     given = {field.name: getattr(options, field.name) for field in dataclasses.fields(ServeConfig)}
     config = ServeConfig(**{**given, "model": os.path.expanduser(options.model)})
     validate(config)
-    console.quiet(options.verbose)
-    console.prefer_onednn()
+    console.quiet(options.verbose)  # and not prefer_onednn(), which makes single images slow, see BUILD_NOTES.md
     from pipeline.serving import server
 
     with console.progress_shown():

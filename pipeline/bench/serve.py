@@ -12,6 +12,7 @@ import dataclasses
 import io
 import itertools
 import json
+import os
 import pathlib
 import re
 import subprocess
@@ -118,7 +119,7 @@ def _server(model: pathlib.Path) -> Iterator[tuple[str, subprocess.Popen, float]
     """./moco serve on ports of the kernel's choice: its gRPC address, its process, and seconds until it was ready."""
     command = [sys.executable, "-m", "pipeline", "serve", "--model", str(model), "--rest-port", "0", "--grpc-port", "0"]
     started = time.monotonic()
-    process = subprocess.Popen(command, cwd=_ROOT, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, cwd=_ROOT, env=_environment(), stdout=subprocess.PIPE, text=True)
     try:
         line = process.stdout.readline() if process.stdout else ""
         seconds = time.monotonic() - started
@@ -136,10 +137,15 @@ def _cpu_seconds(process: subprocess.Popen) -> float:
     return times.user + times.system
 
 
+def _environment() -> dict[str, str]:
+    """Without the choice that other benchmarks make for TensorFlow: `./moco serve` leaves it to TensorFlow."""
+    return {name: value for name, value in os.environ.items() if name != "TF_ENABLE_ONEDNN_OPTS"}
+
+
 def _run(*arguments: str) -> dict[str, float]:
     """One of the processes below."""
     command = [sys.executable, "-m", "pipeline.bench.serve", *arguments]
-    done = subprocess.run(command, cwd=_ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=_ROOT, env=_environment(), capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-4000:]}")
     return json.loads(done.stdout.splitlines()[-1])
@@ -280,7 +286,6 @@ def _main() -> None:
     parser.add_argument("arguments", nargs="*")
     given = parser.parse_args()
     console.quiet(False)
-    console.prefer_onednn()
     first, *rest = given.arguments
     if given.what == "make":
         print(json.dumps(_make(first, int(rest[0]), pathlib.Path(rest[1]))))

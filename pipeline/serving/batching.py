@@ -202,7 +202,7 @@ class Batcher:
         done.add_done_callback(lambda future: self._finish(future, slices, started))
 
     def _take(self, lane: _Lane) -> Iterator[tuple[_Request, int, int]]:
-        room = self._max_batch
+        room = _whole_size(min(lane.waiting, self._max_batch), self._max_batch)
         while room and lane.requests:
             request = lane.requests[0]
             begin = request.taken
@@ -229,6 +229,18 @@ class Batcher:
                 request.finish(begin, _rows_of(future.result(), at, at + end - begin))
                 at += end - begin
         self._start_batches()
+
+
+def _whole_size(rows: int, most: int) -> int:
+    """The largest of 1, 2, 3, 4, 6, 8, 12, 16, 24 ... and `most` that is not over a number of rows.
+
+    The rest starts the next batch. TensorFlow keeps prepared primitives for each size that it has seen: with all sizes
+    from 1 to 64 the memory of a server grew by a seventh while they turned up one by one.
+    """
+    if rows == most:
+        return rows
+    power = 1 << (rows.bit_length() - 1)
+    return power + power // 2 if rows >= power + power // 2 and power > 1 else power
 
 
 _MEMORY = 0.9  # of how many rows were here, from one batch to the next

@@ -9,12 +9,14 @@ from pathlib import Path
 
 import grpc
 import keras
+import numpy as np
 import requests
 import tensorflow as tf
 from tensorflow_serving.apis import model_service_pb2_grpc, prediction_service_pb2_grpc
 
 from pipeline.serving import ports
 from pipeline.serving.app import App
+from pipeline.serving.batching import Result
 from pipeline.serving.config import ServeConfig
 from trainer_module.config import ImageConfig
 from trainer_module.export import EncoderModule
@@ -82,7 +84,6 @@ class Running:
     loop: asyncio.AbstractEventLoop
     rest: str
     target: str
-    session: requests.Session
     channel: grpc.Channel
 
     @property
@@ -94,10 +95,11 @@ class Running:
         return model_service_pb2_grpc.ModelServiceStub(self.channel)
 
     def get(self, path: str) -> requests.Response:
-        return self.session.get(self.rest + path, timeout=30)
+        return requests.get(self.rest + path, timeout=30)
 
     def post(self, path: str, **body) -> requests.Response:
-        return self.session.post(self.rest + path, timeout=30, **body)
+        # Each on a connection of its own: a kept one may end just when it is used again.
+        return requests.post(self.rest + path, timeout=30, **body)
 
     def predict(self, **document) -> requests.Response:
         return self.post("/v1/models/encoder:predict", json=document)
@@ -110,6 +112,24 @@ class Running:
         """The value of a metric, summed over its labels."""
         lines = self.get("/metrics").text.splitlines()
         return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith("moco_serve_" + name))
+
+
+@contextlib.contextmanager
+def busy(server: Running) -> Iterator[threading.Event]:
+    """Keeps the server's only worker busy until the event is set, or the context ends."""
+    gate, begun = threading.Event(), threading.Event()
+
+    def compute(tensors):
+        begun.set()
+        gate.wait(60)
+        return Result(1, dict(tensors), {})
+
+    run = server.app._batcher.run("busy", compute, {"x": np.zeros(1)}, 60)
+    future = asyncio.run_coroutine_threadsafe(run, server.loop)
+    assert begun.wait(30)
+    yield gate
+    gate.set()
+    future.result(30)
 
 
 @contextlib.contextmanager
@@ -143,8 +163,8 @@ def running(model: Path | str, **settings) -> Iterator[Running]:
     if error := made.get("error"):
         raise error
     target = f"127.0.0.1:{made['grpc']}"
-    with requests.Session() as session, grpc.insecure_channel(target) as channel:
-        yield Running(made["app"], made["loop"], f"http://127.0.0.1:{made['port']}", target, session, channel)
+    with grpc.insecure_channel(target) as channel:
+        yield Running(made["app"], made["loop"], f"http://127.0.0.1:{made['port']}", target, channel)
     made["loop"].call_soon_threadsafe(ended.set)
     thread.join(30)
     assert not thread.is_alive()

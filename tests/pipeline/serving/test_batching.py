@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.serving.batching import Batcher, Result
+from pipeline.serving.batching import Batcher, Result, _whole_size
 from pipeline.serving.refusal import Code, Refused
 
 
@@ -104,6 +104,13 @@ def test_a_row_waits_for_company_no_longer_than_it_must():
     assert full[1] < 0.3  # a full batch waits for nothing
     assert fewer[0] == [2]
     assert fewer[1] >= 0.3  # there had been three
+
+
+def test_batches_come_in_few_sizes():
+    """So that TensorFlow's memory for prepared primitives stays small."""
+    sizes = [_whole_size(rows, 100) for rows in range(1, 101)]
+    assert sorted(set(sizes)) == [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 100]
+    assert all(2 * size > rows for rows, size in enumerate(sizes, 1))
 
 
 def test_what_is_too_late_is_given_up():

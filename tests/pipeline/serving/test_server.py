@@ -1,19 +1,24 @@
 """./moco serve as a process: what it imports, what it says, how it stops, and what it refuses at once."""
 
+import asyncio
 import base64
+import json
 import os
 import re
 import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import requests
+import tensorflow as tf
+from running_server import busy, running
+from tensorflow_serving.apis import predict_pb2
 
 from pipeline import cli
 
@@ -36,7 +41,7 @@ def start(*arguments: str) -> subprocess.Popen:
 @pytest.fixture
 def process(encoders) -> Iterator[tuple[subprocess.Popen, str]]:
     """A server and its URL."""
-    made = start("--model", str(encoders(0)), "--max-wait-ms", "300", "--max-batch", "64")
+    made = start("--model", str(encoders(0)))
     line = made.stdout.readline()
     found = re.search(r"serving encoder version 1 at (http://127\.0\.0\.1:\d+)/v1/models/encoder and gRPC 127\S+", line)
     assert found, line + made.stderr.read()
@@ -48,30 +53,42 @@ def process(encoders) -> Iterator[tuple[subprocess.Popen, str]]:
 
 def test_it_stops_when_what_is_in_flight_is_finished_and_has_said_nothing_of_it(process, png):
     made, url = process
-    marked = png(3) + b"MARK-IN-THE-BODY"
-    body = {"instances": [{"b64": base64.b64encode(marked).decode()}]}
-    answers: list[requests.Response] = []
-    session = requests.Session()
-    session.post(f"{url}/v1/models/encoder:predict", json=body, timeout=30)  # the connection stays open
-
-    def ask() -> None:
-        answers.append(session.post(f"{url}/v1/models/encoder:predict", json=body, timeout=30))
-
-    client = threading.Thread(target=ask)
-    client.start()
-    time.sleep(0.1)  # it now waits for company, for 300 ms
+    body = json.dumps({"instances": [{"b64": base64.b64encode(png(3)).decode()}], "note": "MARK-IN-THE-BODY"}).encode()
     bad = requests.post(f"{url}/v1/models/encoder:predict", data=b'{"instances": "MARK-IN-THE-BODY', timeout=30)
-    made.send_signal(signal.SIGTERM)
-    out, err = made.communicate(timeout=60)
-    client.join()
-    assert [answer.status_code for answer in answers] == [200]
     assert bad.status_code == 400
-    assert made.returncode == 0
-    assert out.splitlines() == ["stopping: finishing what is in flight", "imported:"]
-    assert "MARK" not in err
-    assert err == ""
-    with pytest.raises(requests.ConnectionError):
-        requests.get(f"{url}/healthz", timeout=5)
+    with socket.create_connection(url.removeprefix("http://").split(":")) as client:
+        head = f"POST /v1/models/encoder:predict HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+        client.sendall(head.encode() + body[:100])
+        time.sleep(0.2)
+        made.send_signal(signal.SIGTERM)
+        assert made.stdout.readline() == "stopping: finishing what is in flight\n"
+        time.sleep(0.2)
+        with pytest.raises(requests.ConnectionError):
+            requests.get(f"{url}/healthz", timeout=5)
+        client.sendall(body[100:])
+        answer = client.makefile("rb").read()
+    assert answer.startswith(b"HTTP/1.1 200")
+    assert b"Connection: close" in answer
+    out, err = made.communicate(timeout=60)
+    assert (made.returncode, out, err) == (0, "imported:\n", "")
+
+
+def test_a_stop_finishes_what_waits_in_the_queue_by_rest_and_grpc(encoders, png):
+    request = predict_pb2.PredictRequest()
+    request.model_spec.name = "encoder"
+    request.inputs["image_bytes"].CopyFrom(tf.make_tensor_proto([png(0)]))
+    with running(encoders(0)) as server, busy(server) as gate, ThreadPoolExecutor(1) as pool:
+        rest = pool.submit(server.predict, instances=[{"b64": base64.b64encode(png(0)).decode()}])
+        by_grpc = server.prediction.Predict.future(request, timeout=30)
+        while server.app._batcher.admitted < 2:
+            time.sleep(0.01)
+        stopped = asyncio.run_coroutine_threadsafe(server.app.drain(20), server.loop)
+        time.sleep(0.2)
+        assert not stopped.done()
+        gate.set()
+        stopped.result(30)
+        assert rest.result(30).status_code == 200
+        assert len(by_grpc.result().outputs["embedding"].float_val) == 6
 
 
 def test_a_signal_before_it_is_ready_ends_it(encoders):
