@@ -102,7 +102,7 @@ class ForgetfulBatchNormalization(FusedBatchNormalization):
     """Normalises what a convolution made; on a TPU that is not kept for the backward pass, but convolved again.
 
     For a convolution that widens: what it makes is the largest there is, and the cheapest to make (Chen et al., 2016,
-    "Training Deep Nets with Sublinear Memory Cost"). The values are the same to the bit.
+    "Training Deep Nets with Sublinear Memory Cost"). The result is the same.
 
     Args:
         convolution: what made the input, without bias; it must have been called. None keeps everything, as a layer

@@ -286,8 +286,11 @@ def test_the_lowered_step_is_the_trainer_s_tensor_by_tensor(mode, replicas, view
     assert_equal(results, trained)
 
 
-@pytest.mark.parametrize("replicas", [2, 4, 8])
-@pytest.mark.parametrize("mode", MODES, ids=lambda mode: mode.name)
+# `auto` is another mode's program; once is enough to see that it is one.
+ALONE = [(mode, r) for mode in MODES for r in (2, 4, 8) if mode is not KeyBnMode.auto or r == 2]
+
+
+@pytest.mark.parametrize(("mode", "replicas"), ALONE, ids=lambda value: getattr(value, "name", value))
 def test_the_lowered_step_is_the_reference_s_tensor_by_tensor(mode, replicas, views, lowered_steps):
     pending = lowered_steps(mode, replicas)
     expected = reference_steps(mode, replicas, views)
