@@ -86,7 +86,8 @@ def test_a_run_that_was_killed_goes_on_and_ends_with_the_bytes_of_an_unbroken_on
 def test_a_stop_at_any_write_loses_nothing_and_leaves_nothing(tmp_path, pushed, source, monkeypatch, name, model_calls):
     (tmp_path / "broken").mkdir()
     out = str(tmp_path / "broken") + "/" + name
-    while stops_at_a_new_write(monkeypatch, str(pushed), str(source), out):
+    written: set[str] = set()
+    while stops_at_a_new_write(monkeypatch, written, str(pushed), str(source), out):
         assert name == "out/" or not os.path.exists(out)
     assert len(model_calls) == 14, "what was not written was embedded again, or what was written"
     unbroken = f"{tmp_path}/unbroken{name[3:]}"
@@ -95,13 +96,14 @@ def test_a_stop_at_any_write_loses_nothing_and_leaves_nothing(tmp_path, pushed, 
     assert not [entry for entry in os.listdir(tmp_path / "broken") if entry.startswith(".")]
 
 
-def stops_at_a_new_write(monkeypatch, model: str, source: str, out: str) -> bool:
-    """Whether a run came to a file that was not there; it is interrupted once that has been written."""
+def stops_at_a_new_write(monkeypatch, written: set[str], model: str, source: str, out: str) -> bool:
+    """Whether a run came to a file that was never written; it is interrupted once that has been."""
     original = store.write
 
     def write(path, data):
-        new = not os.path.exists(path)
+        new = path not in written
         original(path, data)
+        written.add(path)
         if new:
             raise KeyboardInterrupt
 
