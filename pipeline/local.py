@@ -28,6 +28,7 @@ from pipeline.config import Config, to_yaml
 from pipeline.create_pipeline import Places, create_pipeline, make_experiment
 from trainer_module import progress
 from trainer_module.checkpoints import clear, make_folder, refuse_other_run
+from trainer_module.driver import RESULT_FILE
 from trainer_module.input import check_batch
 from trainer_module.run_fn import LOGS
 from trainer_module.strategy import prepare
@@ -79,7 +80,7 @@ def _run(config: Config, images: str, home: Path, require_blessing: bool) -> int
         if node.id == "ImageExampleGen":
             _check_sizes(config, report.ingested(node)["train"], places.root, stored=node.cached)
         if node.id == "Trainer":  # its model is kept, so other settings may train now, whatever becomes of what follows
-            clear(places.checkpoints, LOGS)
+            clear(places.checkpoints, LOGS, RESULT_FILE)
 
     began = time.monotonic()
     runner = _Runner(finished)

@@ -166,19 +166,20 @@ def make_folder(directory: str) -> None:
         ) from error
 
 
-def clear(directory: str, logs: str) -> None:
-    """Removes the checkpoints and the curves beside them, and the folder if nothing else is in it.
+def clear(directory: str, folder: str, file: str) -> None:
+    """Removes the checkpoints and what a training leaves beside them, and the folder if nothing else is in it.
 
     Args:
         directory: of the checkpoints; may be missing.
-        logs: folder of the curves in it.
+        folder, file: names of what else is removed.
     """
-    if not tf.io.gfile.isdir(directory):
-        return
     _remove(directory, [name for name, _ in _files(directory)])
-    for folder, empty in ((posixpath.join(directory, logs), False), (directory, True)):
-        if tf.io.gfile.isdir(folder) and not (empty and tf.io.gfile.listdir(folder)):
-            tf.io.gfile.rmtree(folder)
+    if tf.io.gfile.isdir(posixpath.join(directory, folder)):
+        tf.io.gfile.rmtree(posixpath.join(directory, folder))
+    if tf.io.gfile.exists(posixpath.join(directory, file)):
+        tf.io.gfile.remove(posixpath.join(directory, file))
+    if tf.io.gfile.isdir(directory) and not tf.io.gfile.listdir(directory):
+        tf.io.gfile.rmtree(directory)
 
 
 def _refuse_difference(directory: str, stored: Identity, present: Identity) -> None:

@@ -25,7 +25,7 @@ class NearDuplicates(enum.Enum):
 
     report = "report"  # they are counted and listed
     drop = "drop"  # they are left out as well
-    off = "off"  # they are not looked for
+    ignore = "ignore"  # they are not looked for
 
 
 @dataclasses.dataclass(frozen=True)

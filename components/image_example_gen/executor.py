@@ -383,7 +383,7 @@ class WriteShard(_ThreadedDoFn):
         sha, ref = member[0].hex(), finding.unpack_ref(member[1])
         try:
             data = finding.read_again(ref, sha)
-            hashed = self._job.config.near_duplicates is not NearDuplicates.off
+            hashed = self._job.config.near_duplicates is not NearDuplicates.ignore
             image = codec.canonical(data, self._job.limits, hashed=hashed)
             if image.encoded is data:
                 _prove(data)

@@ -170,10 +170,10 @@ def test_an_image_that_vanishes_meanwhile_gets_an_error_that_the_next_start_mend
 ):
     original = finding.read_again
 
-    def read_again(reader, ref, sha):
+    def read_again(ref, sha):
         if ref.path == "03.png":
             raise OSError("the network is down")
-        return original(reader, ref, sha)
+        return original(ref, sha)
 
     monkeypatch.setattr(finding, "read_again", read_again)
     out = str(tmp_path / "out/")

@@ -39,6 +39,8 @@ class _Meeting:
 class LockstepReplica:
     """One of R replicas, as threads of one process that meet at every sum; sums in the order of the replicas."""
 
+    on_tpu = False
+
     def __init__(self, index: int, count: int, meeting: _Meeting) -> None:
         self._index, self._meeting, self.count = index, meeting, count
 

@@ -73,15 +73,15 @@ def test_a_finished_run_takes_its_checkpoints_and_curves_away_and_nothing_else(t
         make_folder(folder)
         write(folder, [5, 90])
         tf.io.gfile.makedirs(f"{folder}/logs/train")
-        for name in ("logs/train/metrics.jsonl", *(["notes.txt"] if others else [])):
+        for name in ("logs/train/metrics.jsonl", "result.json", *(["notes.txt"] if others else [])):
             with tf.io.gfile.GFile(f"{folder}/{name}", "w") as file:
                 file.write("x")
-        clear(folder, "logs")
+        clear(folder, "logs", "result.json")
         assert tf.io.gfile.isdir(folder) == others
         if others:
             assert [name.rstrip("/") for name in tf.io.gfile.listdir(folder)] == ["notes.txt"]
             tf.io.gfile.remove(f"{folder}/notes.txt")
-    clear(folder, "logs")  # where there is none, nothing is to be done
+    clear(folder, "logs", "result.json")  # where there is none, nothing is to be done
 
 
 def test_a_place_that_cannot_hold_checkpoints_is_named_before_the_work(tmp_path):

@@ -601,6 +601,6 @@ def test_near_duplicates_are_dropped_from_the_eval_split_alone_and_always_the_sa
 
 
 def test_near_duplicates_are_not_looked_for_where_that_is_off(copied, tmp_path):
-    ingest(copied, tmp_path / "out", near_duplicates=NearDuplicates.off)
+    ingest(copied, tmp_path / "out", near_duplicates=NearDuplicates.ignore)
     assert counts(tmp_path / "out")["near_duplicates"] == 0
     assert (tmp_path / "out" / "near_duplicates.jsonl").read_text() == ""

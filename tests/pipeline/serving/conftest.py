@@ -8,6 +8,7 @@ import pytest
 import tensorflow as tf
 from running_server import HalfPlusTwo, Running, make_encoder, running
 
+from trainer_module.config import AugmentConfig
 from trainer_module.export import EvaluationModule, save_encoder, save_evaluation
 
 
@@ -30,7 +31,8 @@ def encoders(tmp_path_factory) -> Callable[[int], Path]:
 def evaluation(tmp_path_factory):
     """The signature that the Evaluator runs, of the encoder with seed 0."""
     folder = str(tmp_path_factory.mktemp("evaluation"))
-    save_evaluation(EvaluationModule(make_encoder(0), make_encoder(1)), folder)
+    trained = make_encoder(0)
+    save_evaluation(EvaluationModule(trained, make_encoder(1), AugmentConfig(size=trained.size), leak=""), folder)
     loaded = tf.saved_model.load(folder)
     return lambda examples: loaded.signatures["evaluate"](tf.constant(examples))["embedding"].numpy()
 

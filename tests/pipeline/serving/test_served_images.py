@@ -74,6 +74,8 @@ def example(image: bytes) -> bytes:
     made = tf.train.Example()
     made.features.feature["image/encoded"].bytes_list.value.append(image)
     made.features.feature["image/label"].bytes_list.value.append(b"kept")
+    made.features.feature["image/sha256"].bytes_list.value.append(codec.sha256(image).encode())
+    made.features.feature["image/split"].bytes_list.value.append(b"train")
     return made.SerializeToString()
 
 
