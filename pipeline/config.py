@@ -619,6 +619,8 @@ def _impossible_encoder(config: Config) -> Iterator[str]:
 
 def _impossible_training(config: Config) -> Iterator[str]:
     train = config.train
+    if "://" in train.checkpoints and not train.checkpoints.startswith("gs://"):
+        yield f"train.checkpoints={_show(train.checkpoints)} is neither a folder nor gs://BUCKET/PATH; name one"
     if train.tpu.name and train.strategy in (StrategyKind.mirrored, StrategyKind.single):
         yield (
             f"train.tpu.name={_show(train.tpu.name)} has no use with train.strategy={train.strategy.name}; "

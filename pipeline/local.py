@@ -25,8 +25,9 @@ from pipeline import console, report
 from pipeline.config import Config, to_yaml
 from pipeline.create_pipeline import Places, create_pipeline, make_experiment
 from trainer_module import progress
-from trainer_module.checkpoints import refuse_other_run
+from trainer_module.checkpoints import clear, make_folder, refuse_other_run
 from trainer_module.input import check_batch
+from trainer_module.run_fn import LOGS
 from trainer_module.strategy import prepare
 from trainer_module.torch_weights import check_encoder
 
@@ -63,9 +64,10 @@ def run(config: Config, images: str, home: Path, *, require_blessing: bool = Fal
 def _run(config: Config, images: str, home: Path, require_blessing: bool) -> int:
     prepare(config.train)
     check_encoder(config.encoder, config.augment.size)
-    places = Places(str(home / "artifacts"), str(home / "serving" / "encoder"), str(home / "checkpoints"))
+    places = Places(str(home / "artifacts"), str(home / "serving" / "encoder"), _checkpoints(config, home))
     # Known now, and not only once the Trainer finds them.
     refuse_other_run(places.checkpoints, make_experiment(config, places).identity())
+    make_folder(places.checkpoints)
     # A killed run must not leave the outcome of the one before it.
     (home / "result.json").unlink(missing_ok=True)
     _write(home / "config.yaml", to_yaml(config))
@@ -80,6 +82,8 @@ def _run(config: Config, images: str, home: Path, require_blessing: bool) -> int
             console.line(console.component_line(node.id, text, node.seconds, node.cached))
         if node.id == "ImageExampleGen":
             _check_sizes(config, report.ingested(node)["train"], places.root, stored=node.cached)
+        if node.id == "Trainer":  # its model is kept, so other settings may train now, whatever becomes of what follows
+            clear(places.checkpoints, LOGS)
 
     began = time.monotonic()
     runner = _Runner(finished)
@@ -90,10 +94,16 @@ def _run(config: Config, images: str, home: Path, require_blessing: bool) -> int
         raise
     result = report.collect(nodes, time.monotonic() - began)
     _write(home / "result.json", report.to_json(result))
-    shutil.rmtree(places.checkpoints, ignore_errors=True)
     for line in report.summary(result, nodes, config, images, home):
         console.line(line)
     return 1 if require_blessing and not result["blessed"] else 0
+
+
+def _checkpoints(config: Config, home: Path) -> str:
+    named = config.train.checkpoints
+    if not named:
+        return str(home / "checkpoints")
+    return named if "://" in named else os.path.abspath(os.path.expanduser(named))
 
 
 def _check_sizes(config: Config, train: int, root: str, *, stored: bool) -> None:

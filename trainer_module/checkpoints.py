@@ -149,6 +149,38 @@ def refuse_other_run(directory: str, identity: Identity) -> None:
     return None
 
 
+def make_folder(directory: str) -> None:
+    """Makes the folder of the checkpoints, so that one that cannot be is known before the work.
+
+    Args:
+        directory: local or on gs://.
+
+    Raises:
+        UserError: it cannot be made or reached.
+    """
+    try:
+        tf.io.gfile.makedirs(directory)
+    except tf.errors.OpError as error:
+        raise UserError(
+            f"{directory}: checkpoints cannot be written there ({_reason(error)}); check path and permission"
+        ) from error
+
+
+def clear(directory: str, logs: str) -> None:
+    """Removes the checkpoints and the curves beside them, and the folder if nothing else is in it.
+
+    Args:
+        directory: of the checkpoints; may be missing.
+        logs: folder of the curves in it.
+    """
+    if not tf.io.gfile.isdir(directory):
+        return
+    _remove(directory, [name for name, _ in _files(directory)])
+    for folder, empty in ((posixpath.join(directory, logs), False), (directory, True)):
+        if tf.io.gfile.isdir(folder) and not (empty and tf.io.gfile.listdir(folder)):
+            tf.io.gfile.rmtree(folder)
+
+
 def _refuse_difference(directory: str, stored: Identity, present: Identity) -> None:
     differing = [key for key in stored if key != _CODE and key in present and stored[key] != present[key]]
     if differing:

@@ -240,6 +240,7 @@ class TrainConfig:
         precision: see Precision.
         key_bn: see KeyBnConfig.
         steps_per_loop: steps between two returns to Python; 0 chooses. Results do not depend on it.
+        checkpoints: folder of the checkpoints while it trains, here or on gs://; empty for the one that the runner has.
         checkpoint_seconds: time between two periodic checkpoints; one is also written at the end.
         keep_checkpoints: the newest ones that are kept.
         log_steps: steps between two points of the curves (TensorBoard, metrics.jsonl).
@@ -263,6 +264,7 @@ class TrainConfig:
     precision: Precision = Precision.float32
     key_bn: KeyBnConfig = KeyBnConfig()
     steps_per_loop: int = 0
+    checkpoints: str = ""
     checkpoint_seconds: float = 60.0
     keep_checkpoints: int = 2
     log_steps: int = 10
@@ -333,6 +335,7 @@ _OPERATIONAL = frozenset(
         "train.tpu.project",
         "train.replicas",
         "train.steps_per_loop",
+        "train.checkpoints",
         "train.checkpoint_seconds",
         "train.keep_checkpoints",
         "train.log_steps",

@@ -24,6 +24,7 @@ from trainer_module.watch import Result
 
 TRAINING_FILE = "training.json"
 MOCO_FILE = "moco.safetensors"
+LOGS = "logs"  # beside the checkpoints
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +104,7 @@ def run_fn(fn_args: Any) -> None:
         load_initial_weights(encoder, experiment.encoder.weights)
     driver = Driver(moco, config, strategy)
     knn = make_online_knn(split_dir, config.watch, backbone_embedder(strategy, encoder, *driver.query, *statistics))
-    logs = posixpath.join(experiment.checkpoints, "logs")
+    logs = posixpath.join(experiment.checkpoints, LOGS)
     views_from = functools.partial(
         dataset_from,
         source,

@@ -138,6 +138,7 @@ class Watch:
         self._config, self._newest_keys, self._knn = config, newest_keys, knn
         folder = f"{os.fspath(log_dir).rstrip('/')}/train"
         self._file = MetricsFile(f"{folder}/{FILE}", start)
+        _mark_start(start, folder)
         self._writer = tf.summary.create_file_writer(folder)
         self._history = functools.reduce(lambda h, i: judge(h, i, config)[0], self._file.kept, History())
         self._kept = start or None
@@ -299,3 +300,17 @@ _COUNTERS = ("step", "steps", "epoch")
 
 def _steps_of(value: Any) -> NDArray[np.float64]:
     return np.atleast_1d(np.asarray(value, np.float64))
+
+
+def _mark_start(step: int, folder: str) -> None:
+    """Has TensorBoard drop the points after a step: an earlier start wrote them, and this one writes them again.
+
+    It does so at every mark but the first.
+    """
+    now = time.time()
+    tf.io.gfile.makedirs(folder)
+    # TensorBoard reads the files of a folder in the order of their names.
+    with tf.io.TFRecordWriter(f"{folder}/events.out.tfevents.{int(now):010d}.0.started-at-{step}") as file:
+        file.write(tf.compat.v1.Event(wall_time=now, file_version="brain.Event:2").SerializeToString())
+        began = tf.compat.v1.SessionLog(status=tf.compat.v1.SessionLog.START)
+        file.write(tf.compat.v1.Event(wall_time=now, step=step + 1, session_log=began).SerializeToString())

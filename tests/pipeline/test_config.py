@@ -229,6 +229,7 @@ def test_what_cannot_be_read_is_refused_in_one_line_with_the_mend(override, word
         (["encoder=keras.applications.VGG16", "encoder.stem=cifar"], ["encoder.stem=cifar", "encoder.stem=imagenet"]),
         (["encoder=resnet18", "encoder.name=resnet34"], ["encoder.name", "twice"]),
         (["train.tpu.name=pod", "train.strategy=single"], ["train.tpu.name=pod", "e.g. train.strategy=tpu"]),
+        (["train.checkpoints=s3://bucket/run"], ["train.checkpoints=s3://bucket/run", "gs://BUCKET/PATH"]),
         (["train.epochs=3", "train.epochs=4"], ["train.epochs", "twice", "3 and 4"]),
     ],
 )

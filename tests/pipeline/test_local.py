@@ -115,7 +115,18 @@ def killed(images, workdir, tmp_path_factory):
         child.kill()
         child.join()
         assert child.exitcode == -signal.SIGKILL, (stage, out.read_text())
+        if stage == "Trainer":
+            refuse_other_settings(images, workdir)
     return out.read_text()
+
+
+def refuse_other_settings(images, workdir):
+    """Other settings than a killed training's are refused before anything runs."""
+    before = sorted(workdir.glob("**/*"))
+    line = r"checkpoints is of a run with seed=0, now 1, train\.learning_rate=0\.03, now 0\.05; finish it with"
+    with pytest.raises(UserError, match=line):
+        local.run(settings("train.learning_rate=0.05", "seed=1"), str(images), workdir)
+    assert sorted(workdir.glob("**/*")) == before
 
 
 @pytest.fixture(scope="module")
@@ -135,12 +146,9 @@ def test_killed_runs_have_said_what_they_did_and_each_finished_stage_was_taken_o
     assert "Traceback" not in killed
 
 
-def test_other_settings_than_the_killed_training_s_are_refused_before_anything_runs(killed, images, workdir):
-    before = sorted(workdir.glob("**/*"))
-    line = r"checkpoints is of a run with seed=0, now 1, train\.learning_rate=0\.03, now 0\.05; finish it with"
-    with pytest.raises(UserError, match=line):
-        local.run(settings("train.learning_rate=0.05", "seed=1"), str(images), workdir)
-    assert sorted(workdir.glob("**/*")) == before
+def test_a_finished_training_leaves_no_checkpoints_even_if_a_later_stage_was_killed(killed, workdir):
+    assert killed
+    assert not (workdir / "checkpoints").exists()
 
 
 def test_the_same_command_continues_a_killed_run_without_redoing_finished_stages(first, workdir):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from trainer_module.checkpoints import Checkpoints, refuse_other_run
+from trainer_module.checkpoints import Checkpoints, clear, make_folder, refuse_other_run
 from trainer_module.errors import UserError
 from trainer_module.progress import LOGGER_NAME
 
@@ -64,6 +64,32 @@ def test_on_a_file_system_that_is_no_local_one_checkpoints_come_and_go_likewise(
     assert {name for name in names if name.startswith("step")} == {"step-00000090", "step-00001000"}
     tf.io.gfile.remove(f"{folder}/step-00001000.data-00000-of-00001")
     assert_holds(newest(folder), 90)
+
+
+@pytest.mark.parametrize("folder", ["local", "ram://bucket/of-a-finished-run"])
+def test_a_finished_run_takes_its_checkpoints_and_curves_away_and_nothing_else(tmp_path, folder):
+    folder = folder if "://" in folder else str(tmp_path / folder)
+    for others in (True, False):
+        make_folder(folder)
+        write(folder, [5, 90])
+        tf.io.gfile.makedirs(f"{folder}/logs/train")
+        for name in ("logs/train/metrics.jsonl", *(["notes.txt"] if others else [])):
+            with tf.io.gfile.GFile(f"{folder}/{name}", "w") as file:
+                file.write("x")
+        clear(folder, "logs")
+        assert tf.io.gfile.isdir(folder) == others
+        if others:
+            assert [name.rstrip("/") for name in tf.io.gfile.listdir(folder)] == ["notes.txt"]
+            tf.io.gfile.remove(f"{folder}/notes.txt")
+    clear(folder, "logs")  # where there is none, nothing is to be done
+
+
+def test_a_place_that_cannot_hold_checkpoints_is_named_before_the_work(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(
+        UserError, match=r"file/c: checkpoints cannot be written there \(.*\); check path and permission"
+    ):
+        make_folder(str(tmp_path / "file" / "c"))
 
 
 def test_a_checkpoint_counts_as_whole_only_once_it_is_written(tmp_path):

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tensorflow as tf
+from tensorboard.backend.event_processing import plugin_event_accumulator
 
 from trainer_module.config import KeyBnMode, TrainConfig, WatchConfig
 from trainer_module.errors import UserError
@@ -96,7 +97,7 @@ def test_time_is_that_of_steps_without_compilation_checkpoints_and_knn(tmp_path:
         now[0] += seconds
         return 0.5
 
-    monkeypatch.setattr("trainer_module.watch.time", types.SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr("trainer_module.watch.time", types.SimpleNamespace(monotonic=lambda: now[0], time=time.time))
     watch = make(tmp_path, knn=lambda: pass_time(40.0))
     for done in range(1, TOTAL + 1):
         pass_time(30.0 if done == 1 else 2.0)
@@ -155,6 +156,19 @@ def test_a_resumed_run_tells_each_step_once(tmp_path: Path):
     found = lines(tmp_path)
     assert [line["step"] for line in found] == [4, 8, 12, 16, 20, 24]
     assert [line["steps"] for line in found] == [4, 4, 2, 4, 4, 4]
+
+
+def test_tensorboard_shows_each_step_of_a_resumed_run_once(tmp_path: Path):
+    watch = make(tmp_path)
+    drive(watch, 0, 18)
+    watch.result()  # writes the points out
+    time.sleep(1)  # names of the files have seconds
+    resumed = make(tmp_path, start=10)
+    drive(resumed, 10, TOTAL)
+    resumed.result()
+    all_points = {plugin_event_accumulator.TENSORS: 0}
+    shown = plugin_event_accumulator.EventAccumulator(str(tmp_path / "train"), all_points).Reload()
+    assert [point.step for point in shown.Tensors("loss")] == [4, 8, 12, 16, 20, 24]
 
 
 @pytest.mark.parametrize("cut", [1, 10, 200])
