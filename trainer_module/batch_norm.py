@@ -13,7 +13,7 @@ import keras
 import tensorflow as tf
 
 from trainer_module.config import KeyBnConfig, KeyBnMode
-from trainer_module.replica import entered_replica, mean, settled
+from trainer_module.replica import entered_replica, mean
 
 Moments = tuple[tf.Tensor, tf.Tensor]
 
@@ -95,63 +95,6 @@ class FusedBatchNormalization(keras.layers.Layer):
     def get_config(self) -> dict[str, Any]:
         """What the constructor takes."""
         return {**super().get_config(), "momentum": self.momentum, "epsilon": self.epsilon}
-
-
-@keras.saving.register_keras_serializable("moco")
-class ForgetfulBatchNormalization(FusedBatchNormalization):
-    """Normalises what a convolution made; on a TPU that is not kept for the backward pass, but convolved again.
-
-    For a convolution that widens: what it makes is the largest there is, and the cheapest to make (Chen et al., 2016,
-    "Training Deep Nets with Sublinear Memory Cost"). The result is the same.
-
-    Args:
-        convolution: what made the input, without bias; it must have been called. None keeps everything, as a layer
-            does that was loaded from a file.
-    """
-
-    def __init__(self, convolution: keras.layers.Conv2D | None = None, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        # As a function: Keras would take another layer's variables for this one's, too.
-        self._convolution = lambda: convolution
-
-    def call(self, x: tf.Tensor, training: bool = False, source: tf.Tensor | None = None) -> tf.Tensor:
-        """x: [N, H, W, C], source: what x was convolved from, [N, H', W', C'] -> [N, H, W, C]."""
-        convolution, replica = self._convolution(), entered_replica()
-        if not training or source is None or convolution is None or not replica.on_tpu:
-            return super().call(x, training)
-        # Taken now: where gradients are computed the variables have other values.
-        kernel = tf.cast(tf.convert_to_tensor(convolution.kernel), x.dtype)
-        gamma, beta = tf.convert_to_tensor(self.gamma), tf.convert_to_tensor(self.beta)
-
-        @tf.custom_gradient
-        def normalize(x: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor) -> tuple[Any, Callable[..., Any]]:
-            y, *moments, kept_mean, kept_variance, kept = _by_itself(x, gamma, beta, self.epsilon)
-
-            def gradient(dy: tf.Tensor, *_: tf.Tensor) -> Any:
-                again, dy = settled(replica, [source, dy])
-                return tf.raw_ops.FusedBatchNormGradV3(
-                    y_backprop=dy,
-                    x=tf.nn.conv2d(again, kernel, convolution.strides, convolution.padding.upper()),
-                    scale=gamma,
-                    reserve_space_1=kept_mean,
-                    reserve_space_2=kept_variance,
-                    reserve_space_3=kept,
-                    epsilon=self.epsilon,
-                )[:3]
-
-            return (y, *moments), gradient
-
-        y, *moments = normalize(x, gamma, beta)
-        self.move_towards((moments[0], moments[1]))
-        return y
-
-
-def _by_itself(x: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor, epsilon: float) -> Any:
-    """FusedBatchNormV3 by the batch's own statistics: y, mean, variance, and three that its gradient takes."""
-    none = tf.zeros([0])
-    return tf.raw_ops.FusedBatchNormV3(
-        x=x, scale=gamma, offset=beta, mean=none, variance=none, epsilon=epsilon, is_training=True
-    )
 
 
 @keras.saving.register_keras_serializable("moco")

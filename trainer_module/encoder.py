@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 import keras
 import numpy as np
 
-from trainer_module.batch_norm import ForgetfulBatchNormalization, FusedBatchNormalization
+from trainer_module.batch_norm import FusedBatchNormalization
 from trainer_module.config import EncoderConfig, Head, Precision, Stem
 from trainer_module.keras_models import keras_features
 
@@ -83,9 +83,6 @@ class _Layers:
         if stride > 1 and kernel > 1:
             # "same" would pad a strided convolution at the end first; torchvision pads both sides alike.
             x = keras.layers.ZeroPadding2D(_padding(x, kernel, stride), name=name + ".pad", dtype=self.dtype)(x)
-        return self._convolution(filters, kernel, stride, name)(x)
-
-    def _convolution(self, filters: int, kernel: int, stride: int, name: str) -> keras.layers.Conv2D:
         return keras.layers.Conv2D(
             filters,
             kernel,
@@ -97,17 +94,10 @@ class _Layers:
             kernel_initializer=keras.initializers.VarianceScaling(
                 2.0, "fan_out", "untruncated_normal", seed=next(self.seeds)
             ),
-        )
+        )(x)
 
     def norm(self, x: keras.KerasTensor, name: str) -> keras.KerasTensor:
         return self.batch_norm(name=name, dtype=self.dtype)(x)
-
-    def widening(self, x: keras.KerasTensor, filters: int, stride: int, conv: str, norm: str) -> keras.KerasTensor:
-        """conv1x1 -> BN. What is between them is the largest and the cheapest to make again, so it need not be kept."""
-        if self.batch_norm is not FusedBatchNormalization:
-            return self.norm(self.conv(x, filters, 1, stride, conv), norm)
-        convolution = self._convolution(filters, 1, stride, conv)
-        return ForgetfulBatchNormalization(convolution, name=norm, dtype=self.dtype)(convolution(x), source=x)
 
     def relu(self, x: keras.KerasTensor, name: str) -> keras.KerasTensor:
         return keras.layers.ReLU(name=name, dtype=self.dtype)(x)
@@ -165,14 +155,14 @@ def _basic(layers: _Layers, x: keras.KerasTensor, filters: int, stride: int, nam
 def _bottleneck(layers: _Layers, x: keras.KerasTensor, filters: int, stride: int, name: str) -> keras.KerasTensor:
     y = layers.relu(layers.norm(layers.conv(x, filters, 1, 1, name + ".conv1"), name + ".bn1"), name + ".relu1")
     y = layers.relu(layers.norm(layers.conv(y, filters, 3, stride, name + ".conv2"), name + ".bn2"), name + ".relu2")
-    y = layers.widening(y, filters * EXPANSION, 1, name + ".conv3", name + ".bn3")
+    y = layers.norm(layers.conv(y, filters * EXPANSION, 1, 1, name + ".conv3"), name + ".bn3")
     return _join(layers, _shortcut(layers, x, filters * EXPANSION, stride, name), y, name)
 
 
 def _shortcut(layers: _Layers, x: keras.KerasTensor, filters: int, stride: int, name: str) -> keras.KerasTensor:
     if stride == 1 and x.shape[-1] == filters:
         return x
-    return layers.widening(x, filters, stride, name + ".downsample.0", name + ".downsample.1")
+    return layers.norm(layers.conv(x, filters, 1, stride, name + ".downsample.0"), name + ".downsample.1")
 
 
 def _join(layers: _Layers, shortcut: keras.KerasTensor, y: keras.KerasTensor, name: str) -> keras.KerasTensor:

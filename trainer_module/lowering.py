@@ -81,8 +81,6 @@ class Lowered:
 class LoweredReplica:
     """One of R cores, in a program that is told its own id; its collectives name the one group of all cores."""
 
-    on_tpu = True
-
     def __init__(self, count: int, index: tf.Tensor) -> None:
         self.count, self._index = count, index
 

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import tensorflow as tf
-from tensorflow.compiler.tf2xla.ops import gen_xla_ops
 
 
 class Replica(Protocol):
@@ -20,10 +19,6 @@ class Replica(Protocol):
     @property
     def index(self) -> tf.Tensor:
         """int32[]: this replica's id, 0 to R - 1."""
-
-    @property
-    def on_tpu(self) -> bool:
-        """Whether XLA compiles the step for a TPU, where arithmetic is cheap and memory is far."""
 
     def sum(self, tree: Any) -> Any:
         """Sums every tensor of a nest over the replicas; all replicas get the same result."""
@@ -48,7 +43,6 @@ class SingleReplica:
     """One core alone."""
 
     count = 1
-    on_tpu = False
 
     @property
     def index(self) -> tf.Tensor:
@@ -74,8 +68,6 @@ class SingleReplica:
 
 class ContextReplica:
     """A replica of a tf.distribute strategy, inside strategy.run: logical CPU devices or GPUs."""
-
-    on_tpu = False
 
     def __init__(self) -> None:
         self._context = tf.distribute.get_replica_context()
@@ -110,8 +102,6 @@ class ContextReplica:
 
 class TpuReplica(ContextReplica):
     """A TPU core under TPUStrategy."""
-
-    on_tpu = True
 
     def sum(self, tree: Any) -> Any:
         """Sums over the cores by tpu.cross_replica_sum."""
@@ -158,14 +148,6 @@ def current_replica(strategy: tf.distribute.Strategy) -> Replica:
 def mean(replica: Replica, tree: Any) -> Any:
     """Averages every tensor of a nest over the replicas."""
     return tf.nest.map_structure(lambda x: x / tf.cast(replica.count, x.dtype), replica.sum(tree))
-
-
-def settled(replica: Replica, tensors: list[tf.Tensor]) -> list[tf.Tensor]:
-    """The same values; on a TPU the compiler makes them all before it uses any, and keeps nothing that they came from.
-
-    Without it XLA computes a cheap operation again for each use, and never again what it has kept. No gradient.
-    """
-    return gen_xla_ops.xla_optimization_barrier(tensors) if replica.on_tpu else tensors
 
 
 def _packed(add: Callable[[tf.Tensor], tf.Tensor], tree: Any) -> Any:

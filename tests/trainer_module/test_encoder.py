@@ -5,10 +5,9 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from trainer_module.batch_norm import ForgetfulBatchNormalization, FusedBatchNormalization
+from trainer_module.batch_norm import FusedBatchNormalization
 from trainer_module.config import EncoderConfig, Head, Precision, Stem
 from trainer_module.encoder import build_encoder
-from trainer_module.replica import SingleReplica, entered
 
 # Trainable parameters of torchvision's models without their last layer.
 TORCHVISION_PARAMETERS = {
@@ -74,47 +73,6 @@ def test_fused_batch_normalisation_has_keras_gradients():
         gradients.append(tape.gradient(loss, [x, layer.gamma.value, layer.beta.value]))
     for ours, theirs in zip(*gradients, strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-4)
-
-
-class OnTpu(SingleReplica):
-    on_tpu = True
-
-
-def test_what_a_tpu_makes_again_in_the_backward_pass_gives_the_same_gradients():
-    convolution, image = keras.layers.Conv2D(12, 1, strides=2, use_bias=False), keras.Input((6, 6, 3))
-    model = keras.Model(image, ForgetfulBatchNormalization(convolution)(convolution(image), source=image))
-    rng = np.random.default_rng(0)
-    x, weights = (
-        rng.normal(size=(4, 6, 6, 3)).astype("f4"),
-        [rng.normal(size=v.shape) for v in model.trainable_variables],
-    )
-    weights, stats = [tf.constant(w, tf.float32) for w in weights], [tf.constant(w) for w in model.get_weights()[-2:]]
-
-    def step_of(replica):
-        @tf.function(jit_compile=True)
-        def step(weights, stats):
-            with entered(replica), tf.GradientTape() as tape:
-                tape.watch(weights)
-                y, new = model.stateless_call(weights, stats, x, training=True)
-                loss = tf.reduce_sum(y**3)
-            return tape.gradient(loss, weights), new
-
-        program = step.experimental_get_compiler_ir(weights, stats)(stage="hlo")
-        return tf.nest.flatten(step(weights, stats)), program.count(" convolution(")
-
-    kept, convolutions = step_of(SingleReplica())
-    made_again, more_convolutions = step_of(OnTpu())
-    assert more_convolutions == convolutions + 1
-    for a, b in zip(kept, made_again, strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(a).max())
-
-
-@pytest.mark.parametrize(("name", "last"), [("resnet18", []), ("resnet50", ["bn3"])])
-def test_what_widens_is_what_a_tpu_makes_again(name, last):
-    model = build_encoder(EncoderConfig(name, width=4), 32, Precision.float32, 0).model
-    forgetful = {layer.name for layer in model.layers if isinstance(layer, ForgetfulBatchNormalization)}
-    widening = ("downsample.1", *last)
-    assert forgetful == {layer.name for layer in model.layers if layer.name.endswith(widening)} != set()
 
 
 def test_bfloat16_keeps_statistics_and_outputs_in_float32():
