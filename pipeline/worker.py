@@ -3,6 +3,7 @@
 For what has to run in another environment, or apart. Idle in between; what is imported once serves all questions.
 """
 
+import contextlib
 import json
 import os
 import subprocess
@@ -30,6 +31,8 @@ class Worker:
     def __init__(self, command: Sequence[str | Path], environment: Mapping[str, str] | None = None) -> None:
         self._command = [str(part) for part in command]
         self._said = os.memfd_create("said")  # a file that goes with whoever holds it open
+        self._held = contextlib.ExitStack()
+        self._held.callback(os.close, self._said)
         self._process = subprocess.Popen(
             self._command,
             cwd=ROOT,
@@ -49,10 +52,10 @@ class Worker:
         self.close()
 
     def close(self) -> None:
-        """Ends the process."""
+        """Ends the process; may be called again."""
         self._process.kill()
         self._process.communicate()
-        os.close(self._said)
+        self._held.close()
 
     @property
     def processor_seconds(self) -> float:
