@@ -126,12 +126,12 @@ def _resnet(layers: _Layers, image: keras.KerasTensor, config: EncoderConfig) ->
 def _stem(layers: _Layers, image: keras.KerasTensor, config: EncoderConfig) -> keras.KerasTensor:
     kernel, stride = (7, 2) if config.stem is Stem.imagenet else (3, 1)
     x = layers.conv(image, config.width, kernel, stride, "conv1")
-    x = layers.norm(x, "bn1")
+    x = layers.relu(layers.norm(x, "bn1"), "relu")
     if config.stem is Stem.imagenet:
-        # The maximum and ReLU may change places, and ReLU is cheaper afterwards; so zeros are safe padding.
+        # Zeros are safe padding for the maximum, since the activations are not negative.
         x = keras.layers.ZeroPadding2D(_padding(x, 3, 2), name="maxpool.pad", dtype=layers.dtype)(x)
         x = keras.layers.MaxPooling2D(3, strides=2, name="maxpool", dtype=layers.dtype)(x)
-    return layers.relu(x, "relu")
+    return x
 
 
 def _padding(x: keras.KerasTensor, kernel: int, stride: int) -> tuple[tuple[int, int], ...]:
