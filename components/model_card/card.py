@@ -239,7 +239,7 @@ def computed_limits(
     yield from (f"{note[:1].upper()}{note[1:]}." for note in evaluation.notes)
     near = data.counts.get("near_duplicates", 0) - data.counts.get("near_duplicates_dropped", 0)
     if near:
-        yield f"{near:,} held-out images look like one of the train split, and may flatter the figures."
+        yield f"Near duplicates across the split: {near:,}, by which the figures may be flattered."
     yield from _label_limits(data, held_out)
     if size := encoder.get("input_size"):
         yield (

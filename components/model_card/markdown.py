@@ -203,7 +203,8 @@ def _evaluation(card: Card) -> Iterator[str]:
     outcome = {True: "holds", False: "**broken**", None: "does not apply"}
     rules = [(_literal(rule.text), outcome[rule.holds]) for rule in evaluation.rules]
     yield from _table(("Rule of the blessing", ""), rules)
-    yield from (*(f"- {_text(note)}" for note in evaluation.notes), "")
+    if evaluation.notes:
+        yield from (*(f"- {_text(note)}" for note in evaluation.notes), "")
 
 
 def _metric_row(metric: Metric, columns: Sequence[str]) -> tuple[str, ...]:

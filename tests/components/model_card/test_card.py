@@ -111,9 +111,9 @@ def test_limits_follow_from_the_data():
     assert "4 images have no label" in conflicts
     assert "3 images stood under more than one label" in conflicts
     alike = with_data(counts={**COUNTS, "near_duplicates": 5, "near_duplicates_dropped": 0})
-    assert "5 held-out images look like one of the train split" in "\n".join(alike.limits)
+    assert "Near duplicates across the split: 5, by which" in "\n".join(alike.limits)
     dropped = with_data(counts={**COUNTS, "near_duplicates": 5, "near_duplicates_dropped": 5})
-    assert "look like" not in "\n".join(dropped.limits)
+    assert "Near duplicates" not in "\n".join(dropped.limits)
     noted = dataclasses.replace(make_card().evaluation, notes=("no train image of newts: they count as not found",))
     assert "No train image of newts: they count as not found." in make_card(evaluation=noted).limits
 
