@@ -58,15 +58,15 @@ class Config:
 
     name: str = "moco"
     seed: int = 0
-    ingest: IngestConfig = IngestConfig()  # noqa: RUF009
-    image: ImageConfig = ImageConfig()  # noqa: RUF009
-    augment: AugmentConfig = AugmentConfig()  # noqa: RUF009
-    encoder: EncoderConfig = EncoderConfig()  # noqa: RUF009
-    train: TrainConfig = TrainConfig()  # noqa: RUF009
-    evaluate: EvaluateConfig = EvaluateConfig()  # noqa: RUF009
-    serving_check: ServingCheckConfig = ServingCheckConfig()  # noqa: RUF009
-    card: CardConfig = CardConfig()  # noqa: RUF009
-    publish: PublishConfig = PublishConfig()  # noqa: RUF009
+    ingest: IngestConfig = IngestConfig()
+    image: ImageConfig = ImageConfig()
+    augment: AugmentConfig = AugmentConfig()
+    encoder: EncoderConfig = EncoderConfig()
+    train: TrainConfig = TrainConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    serving_check: ServingCheckConfig = ServingCheckConfig()
+    card: CardConfig = CardConfig()
+    publish: PublishConfig = PublishConfig()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -47,7 +47,8 @@ class Summary:
     out: str
     kept: int = 0
 
-    def __str__(self) -> str:  # noqa: D105
+    def __str__(self) -> str:
+        """What the command says at its end."""
         errors = f" ({self.errors:,} {'error' if self.errors == 1 else 'errors'})" if self.errors else ""
         speed = f"{self.images_per_second:,.0f} images/s"
         kept = f", {self.kept:,} of them by an earlier start" if self.kept else ""
@@ -94,7 +95,7 @@ def embed(
     rows = max(1, shard_rows // batch) * batch
     # Beam's import keeps this frame alive to the end of the process, which TensorFlow's functions must not live to see,
     # so what holds the encoder has a frame of its own, and nothing is imported there.
-    from pipeline.embedding import index, shards, store, table  # noqa: F401
+    from pipeline.embedding import index, shards, store, table  # noqa: F401 - imported here for the frame's sake
 
     return _embed(options, model, shards.Job(images, "", "", batch, rows, IngestConfig()), out)
 

@@ -27,7 +27,8 @@ class Summary:
     parameters: int
     out: str
 
-    def __str__(self) -> str:  # noqa: D105
+    def __str__(self) -> str:
+        """What the command says at its end."""
         return f"wrote {self.tensors:,} tensors of {self.parameters:,} numbers to {self.out}"
 
 

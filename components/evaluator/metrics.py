@@ -60,8 +60,8 @@ def read_config(eval_config: config_pb2.EvalConfig) -> EvaluateConfig:
 
 def _computations(
     config: str,
-    code: str,  # noqa: ARG001
-    name: str,  # noqa: ARG001
+    code: str,  # noqa: ARG001 - TFMA hands on all of the metric's configuration
+    name: str,  # noqa: ARG001 - likewise
     model_names: Iterable[str] = ("",),
 ) -> metric_types.MetricComputations:
     # One computation for both models, since they are compared image by image.

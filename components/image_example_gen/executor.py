@@ -74,7 +74,7 @@ class Job:
 class Executor(base_beam_executor.BaseBeamExecutor):
     """Writes the Examples artifact: shards, then `quarantine.jsonl`, and `ingest.json` last, as the sign of the end."""
 
-    def Do(  # noqa: N802
+    def Do(
         self,
         input_dict: dict[str, list[types.Artifact]],
         output_dict: dict[str, list[types.Artifact]],

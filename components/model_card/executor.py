@@ -24,7 +24,7 @@ _BANK, _QUERIES = 2000, 500  # images that are embedded, at the most
 class Executor(base_executor.BaseExecutor):
     """See the component. One process: what is read and embedded does not grow with the data set."""
 
-    def Do(  # noqa: N802
+    def Do(
         self,
         input_dict: dict[str, list[types.Artifact]],
         output_dict: dict[str, list[types.Artifact]],

@@ -1,7 +1,7 @@
 """Pusher, the component: TFX's, which also takes the model's card."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from tfx import types
 from tfx.dsl.components.base import base_component, executor_spec
@@ -18,7 +18,7 @@ from components.pusher.executor import MODEL_CARD, Executor
 class PusherSpec(StockSpec):
     """The stock Pusher's, and a card."""
 
-    INPUTS = {**StockSpec.INPUTS, MODEL_CARD: ChannelParameter(type=ModelCard, optional=True)}  # noqa: RUF012
+    INPUTS: ClassVar = {**StockSpec.INPUTS, MODEL_CARD: ChannelParameter(type=ModelCard, optional=True)}
 
 
 class Pusher(base_component.BaseComponent):

@@ -35,7 +35,7 @@ class Executor(executor.Executor):
     the stock executor's.
     """
 
-    def Do(  # noqa: N802
+    def Do(
         self,
         input_dict: dict[str, list[types.Artifact]],
         output_dict: dict[str, list[types.Artifact]],

@@ -33,7 +33,7 @@ class ServingCheck(base_component.BaseComponent):
         self,
         model: types.BaseChannel,
         model_run: types.BaseChannel,
-        config: ServingCheckConfig = ServingCheckConfig(),  # noqa: B008  # frozen
+        config: ServingCheckConfig = ServingCheckConfig(),
         precision: Precision = Precision.float32,
         code: str = "",
     ):

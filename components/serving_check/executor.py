@@ -30,7 +30,7 @@ REPORT_FILE = "serving_check.json"
 class Executor(base_executor.BaseExecutor):
     """Writes the InfraBlessing artifact, as TFX's InfraValidator does with `make_warmup`."""
 
-    def Do(  # noqa: N802
+    def Do(
         self,
         input_dict: dict[str, list[types.Artifact]],
         output_dict: dict[str, list[types.Artifact]],

@@ -1,5 +1,7 @@
 """What ServingCheck takes and gives."""
 
+from typing import ClassVar
+
 from tfx.types import standard_artifacts
 from tfx.types.component_spec import ChannelParameter, ComponentSpec, ExecutionParameter
 
@@ -7,13 +9,13 @@ from tfx.types.component_spec import ChannelParameter, ComponentSpec, ExecutionP
 class ServingCheckSpec(ComponentSpec):
     """A model and what its training left in, an InfraBlessing out; configurations are texts of config_json."""
 
-    PARAMETERS = {  # noqa: RUF012
+    PARAMETERS: ClassVar = {
         "config": ExecutionParameter(type=str),
         "precision": ExecutionParameter(type=str),
         "code": ExecutionParameter(type=str),
     }
-    INPUTS = {  # noqa: RUF012
+    INPUTS: ClassVar = {
         "model": ChannelParameter(type=standard_artifacts.Model),
         "model_run": ChannelParameter(type=standard_artifacts.ModelRun),
     }
-    OUTPUTS = {"blessing": ChannelParameter(type=standard_artifacts.InfraBlessing)}  # noqa: RUF012
+    OUTPUTS: ClassVar = {"blessing": ChannelParameter(type=standard_artifacts.InfraBlessing)}

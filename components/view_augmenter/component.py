@@ -42,7 +42,7 @@ class ViewAugmenter(base_beam_component.BaseBeamComponent):
         image: ImageConfig,
         augment: AugmentConfig,
         seed: int,
-        sample: SampleConfig = SampleConfig(),  # noqa: B008  # frozen
+        sample: SampleConfig = SampleConfig(),
         code: str = "",
     ):
         """Makes the node.

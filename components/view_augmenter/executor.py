@@ -91,7 +91,7 @@ class OutputFile:
 class Executor(base_beam_executor.BaseBeamExecutor):
     """Writes the views, and views.json last, as the sign of the end."""
 
-    def Do(  # noqa: N802
+    def Do(
         self,
         input_dict: dict[str, list[types.Artifact]],
         output_dict: dict[str, list[types.Artifact]],

@@ -1,5 +1,7 @@
 """What ViewAugmenter takes and gives."""
 
+from typing import ClassVar
+
 from tfx.types import standard_artifacts
 from tfx.types.component_spec import ChannelParameter, ComponentSpec, ExecutionParameter
 
@@ -7,12 +9,12 @@ from tfx.types.component_spec import ChannelParameter, ComponentSpec, ExecutionP
 class ViewAugmenterSpec(ComponentSpec):
     """Examples in, views out; the configurations are JSON texts of trainer_module.config_json."""
 
-    PARAMETERS = {  # noqa: RUF012
+    PARAMETERS: ClassVar = {
         "image": ExecutionParameter(type=str),
         "augment": ExecutionParameter(type=str),
         "sample": ExecutionParameter(type=str),
         "seed": ExecutionParameter(type=int),
         "code": ExecutionParameter(type=str),
     }
-    INPUTS = {"examples": ChannelParameter(type=standard_artifacts.Examples)}  # noqa: RUF012
-    OUTPUTS = {"views": ChannelParameter(type=standard_artifacts.Examples)}  # noqa: RUF012
+    INPUTS: ClassVar = {"examples": ChannelParameter(type=standard_artifacts.Examples)}
+    OUTPUTS: ClassVar = {"views": ChannelParameter(type=standard_artifacts.Examples)}

@@ -40,7 +40,8 @@ class Result:
 class Compute(Protocol):
     """A function of rows; it is called in worker threads, several at a time."""
 
-    def __call__(self, tensors: Tensors) -> Result: ...  # noqa: D102
+    def __call__(self, tensors: Tensors) -> Result:
+        """One result for all rows, with an error for each that failed."""
 
 
 def row_count(tensors: Tensors) -> int:
