@@ -32,6 +32,18 @@ def loads(cls: type[T], text: str) -> T:
     return _typed(cls, json.loads(text))
 
 
+def loads_foreign(cls: type[T], text: str | bytes) -> T:
+    """A dataclass of JSON's own types from text that need not be one's own, such as a file's.
+
+    Raises:
+        ValueError: the text is no JSON, or has other fields than the dataclass.
+    """
+    try:
+        return cls(**json.loads(text))
+    except TypeError as error:
+        raise ValueError(str(error)) from error
+
+
 def flatten(config: Any) -> dict[str, Any]:
     """A dataclass as {"section.key": value} with JSON's types only: enums by name, tuples as lists."""
     return dict(_leaves(_plain(config), ""))

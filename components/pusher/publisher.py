@@ -8,6 +8,8 @@ import os
 import socket
 import uuid
 
+from trainer_module import config_json
+
 _STALE_SECONDS = 24 * 3600.0
 
 
@@ -42,10 +44,7 @@ class Publisher:
         Raises:
             ValueError: it is none.
         """
-        try:
-            return cls(**json.loads(text))
-        except TypeError as error:
-            raise ValueError(str(error)) from error
+        return config_json.loads_foreign(cls, text)
 
 
 def this_publisher() -> Publisher:

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from components.image_example_gen import sources
+from trainer_module import config_json
 
 _ROW_GROUP = 4096
 ABOUT = b"moco.index"  # key of a file's metadata
@@ -72,10 +73,7 @@ class About:
         Raises:
             ValueError: it is none.
         """
-        try:
-            return cls(**json.loads(text))
-        except TypeError as error:
-            raise ValueError(str(error)) from error
+        return config_json.loads_foreign(cls, text)
 
 
 class Counts(NamedTuple):

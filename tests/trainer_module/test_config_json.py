@@ -40,3 +40,10 @@ def test_absent_fields_take_their_defaults() -> None:
 def test_unknown_fields_and_members_are_refused(field: dict[str, object], error: type[Exception]) -> None:
     with pytest.raises(error):
         config_json.loads(AugmentConfig, json.dumps(field))
+
+
+@pytest.mark.parametrize("text", ['{"hue": 1, "what": 2}', "[1]", "7", "{", b"\xff"])
+def test_a_foreign_text_that_is_no_such_dataclass_is_a_value_error(text) -> None:
+    with pytest.raises(ValueError):  # noqa: PT011 - the reason is the reader's to tell
+        config_json.loads_foreign(AugmentConfig, text)
+    assert config_json.loads_foreign(AugmentConfig, '{"hue": 0.5}') == AugmentConfig(hue=0.5)
