@@ -24,11 +24,11 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
+from pipeline.beam import BEAM_ARGUMENTS
 from trainer_module import progress
 from trainer_module.config import AugmentConfig, ImageConfig, Where
 
 SAMPLE = pathlib.Path(__file__).resolve().parents[2] / "configs" / "demo_images"
-_RUNNER = "--runner=apache_beam.runners.portability.fn_api_runner.FnApiRunner"
 _WIDTH, _HEIGHT = 1152, 896  # 1.03 megapixels
 _SHARD_BYTES = 64 << 20  # ingest.shard_mb by default
 _WARM_UP = 0.1  # share of the pairs that passes before the clock starts
@@ -164,7 +164,7 @@ def _run_augmenter(folder: pathlib.Path, config: AugmentConfig) -> Rate:
     job = executor.Job(str(folder / "views"), ImageConfig(), config, _SEED, len(encoded))
     pathlib.Path(job.split_folder).mkdir(parents=True)
     reports = _Reports()
-    with beam.Pipeline(argv=[_RUNNER]) as pipeline:
+    with beam.Pipeline(argv=[*BEAM_ARGUMENTS]) as pipeline:
         _ = pipeline | beam.Create(executor.find_shards(str(folder / "examples"))) | executor.MakeViews(job)
     total = len(encoded) * config.pairs_per_image
     done, start = next((done, clock) for done, clock in reports.seen if done >= _WARM_UP * total)

@@ -18,8 +18,9 @@ from typing import Any
 
 from PIL import Image, ImageEnhance, ImageOps
 
+from pipeline.beam import BEAM_ARGUMENTS
+
 SAMPLE = pathlib.Path(__file__).resolve().parents[2] / "configs" / "demo_images"
-_RUNNER = "--runner=apache_beam.runners.portability.fn_api_runner.FnApiRunner"
 
 
 def measure() -> Mapping[str, float]:
@@ -130,7 +131,7 @@ def _run_ingest(src: str, out: str) -> dict[str, Any]:
     texts = {name: proto_utils.proto_to_json(value) for name, value in node.exec_properties.items() if _is_proto(value)}
     examples = standard_artifacts.Examples()
     examples.uri = out
-    context = executor.Executor.Context(beam_pipeline_args=[_RUNNER])
+    context = executor.Executor.Context(beam_pipeline_args=[*BEAM_ARGUMENTS])
     idle, start, cpu = _peak_mb(), time.perf_counter(), time.process_time()
     executor.Executor(context).Do({}, {"examples": [examples]}, {**node.exec_properties, **texts})
     seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu

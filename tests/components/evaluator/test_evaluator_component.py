@@ -14,6 +14,7 @@ from judged import judged
 from components.evaluator.config import EvaluateConfig
 from components.evaluator.resampling import Estimate
 from components.evaluator.scorecard import COUNTS, METRICS, OF_A_MODEL, RULES, Scorecard, score
+from pipeline.beam import BEAM_ARGUMENTS
 
 TARS = sorted((Path(__file__).parents[3] / "configs" / "demo_images").glob("*.tar"))
 CONFIG = EvaluateConfig(knn_k=20)
@@ -192,7 +193,7 @@ def run(tmp_path_factory) -> Run:
             metadata_connection_config=tfx.orchestration.metadata.sqlite_metadata_connection_config(
                 str(root / "metadata.sqlite")
             ),
-            beam_pipeline_args=["--runner=apache_beam.runners.portability.fn_api_runner.FnApiRunner"],
+            beam_pipeline_args=[*BEAM_ARGUMENTS],
         )
     )
     return Run(root, images)

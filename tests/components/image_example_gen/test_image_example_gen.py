@@ -27,9 +27,9 @@ from components import disk
 from components.image_example_gen import buckets, codec, component, executor, finding, near_duplicates, sources
 from components.image_example_gen.component import ImageExampleGen
 from components.image_example_gen.config import IngestConfig, Labels, NearDuplicates
+from pipeline.beam import BEAM_ARGUMENTS
 from trainer_module.errors import UserError
 
-RUNNER = "--runner=apache_beam.runners.portability.fn_api_runner.FnApiRunner"
 SPLITS = (("train", 8000), ("eval", 10_000))
 SAMPLE = pathlib.Path(__file__).resolve().parents[3] / "configs" / "demo_images"
 
@@ -58,7 +58,7 @@ def ingest(src: object, uri: pathlib.Path, options: tuple[str, ...] = (), **valu
     }
     examples = standard_artifacts.Examples()
     examples.uri = str(uri)
-    context = executor.Executor.Context(beam_pipeline_args=[RUNNER, *options])
+    context = executor.Executor.Context(beam_pipeline_args=[*BEAM_ARGUMENTS, *options])
     executor.Executor(context).Do({}, {"examples": [examples]}, properties)
     return examples
 
@@ -483,7 +483,7 @@ class Chain:
             components=[node, *following],
             enable_cache=True,
             metadata_connection_config=self.store(),
-            beam_pipeline_args=[RUNNER],
+            beam_pipeline_args=[*BEAM_ARGUMENTS],
         )
         tfx.orchestration.LocalDagRunner().run(pipeline)
 

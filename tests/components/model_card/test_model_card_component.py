@@ -12,6 +12,7 @@ from materials import make_intervals
 from components.evaluator.config import EvaluateConfig
 from components.image_example_gen.config import IngestConfig
 from components.model_card.config import CardConfig
+from pipeline.beam import BEAM_ARGUMENTS
 from trainer_module import config_json
 
 CONFIG = {
@@ -161,7 +162,7 @@ def run(tmp_path_factory, sample_images) -> Run:
             metadata_connection_config=tfx.orchestration.metadata.sqlite_metadata_connection_config(
                 str(root / "metadata.sqlite")
             ),
-            beam_pipeline_args=["--runner=apache_beam.runners.portability.fn_api_runner.FnApiRunner"],
+            beam_pipeline_args=[*BEAM_ARGUMENTS],
         )
     )
     return Run(root)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pipeline.beam import BEAM_ARGUMENTS
 from trainer_module.config import ImageConfig
 
 TARS = sorted((Path(__file__).parents[3] / "configs" / "demo_images").glob("*.tar"))
@@ -141,7 +142,7 @@ def run(tmp_path_factory) -> Run:
             metadata_connection_config=tfx.orchestration.metadata.sqlite_metadata_connection_config(
                 str(root / "metadata.sqlite")
             ),
-            beam_pipeline_args=["--runner=apache_beam.runners.portability.fn_api_runner.FnApiRunner"],
+            beam_pipeline_args=[*BEAM_ARGUMENTS],
         )
     )
     return Run(root, images)

@@ -20,9 +20,11 @@ from apache_beam.testing.util import assert_that, equal_to
 from PIL import Image
 from tfx.dsl.components.base.base_beam_executor import BaseBeamExecutor
 from tfx.types import artifact_utils, channel_utils, standard_artifacts
+from tfx.utils import dependency_utils
 
 from components.view_augmenter import executor, sample
 from components.view_augmenter.component import ViewAugmenter
+from pipeline.beam import BEAM_ARGUMENTS
 from trainer_module import config_json
 from trainer_module.config import AugmentConfig, ImageConfig, SampleConfig, Where
 from trainer_module.errors import UserError
@@ -31,7 +33,6 @@ from trainer_module.progress import LOGGER_NAME
 from trainer_module.views import view_pair
 
 SAMPLES = Path(__file__).resolve().parents[3] / "configs" / "demo_images"
-RUNNER = "--runner=apache_beam.runners.portability.fn_api_runner.FnApiRunner"
 IMAGE = ImageConfig(storage_size=48)
 AUGMENT = AugmentConfig(size=32, pairs_per_image=2)
 SEED = 5
@@ -94,7 +95,7 @@ def run(
     examples = make_examples(folder / "examples", shards, **examples_options)
     views = standard_artifacts.Examples()
     views.uri = str(folder / "views")
-    context = BaseBeamExecutor.Context(beam_pipeline_args=[RUNNER, *beam_args], tmp_dir=str(folder))
+    context = BaseBeamExecutor.Context(beam_pipeline_args=[*BEAM_ARGUMENTS, *beam_args], tmp_dir=str(folder))
     properties: dict[str, Any] = {
         "image": config_json.dumps(IMAGE),
         "augment": config_json.dumps(augment),
@@ -168,6 +169,10 @@ def test_bytes_do_not_depend_on_shards_bundles_or_threads(
         assert read(made, f"views-p{pair:04d}-") == read(one_shard, f"views-p{pair:04d}-")
     for split in ("train", "eval"):
         assert sample_rows(made, split) == sample_rows(both, split)
+
+
+def test_beam_on_this_machine_packs_no_tfx_for_its_workers() -> None:
+    assert dependency_utils.make_beam_dependency_flags([*BEAM_ARGUMENTS]) == [*BEAM_ARGUMENTS]
 
 
 def test_a_single_pair_is_the_first_of_several(one_shard: standard_artifacts.Examples, tmp_path: Path) -> None:
@@ -278,7 +283,7 @@ def test_only_the_lowest_hashes_are_probes_of_the_train_split_where_there_is_no_
         (tmp_path / folder).mkdir()
     examples = make_examples(tmp_path / "examples", 2)
     shards = [("train", shard) for shard in executor.find_shards(f"{examples.uri}/Split-train")]
-    with TestPipeline(argv=[RUNNER]) as pipeline:
+    with TestPipeline(argv=[*BEAM_ARGUMENTS]) as pipeline:
         files = pipeline | beam.Create(shards) | sample.TakeSample(job)
         assert_that(files | beam.Map(lambda file: (file.split, file.records)), equal_to([("probe", 3)]))
     ids = sorted(hashlib.sha256(data).hexdigest().encode() for data in sample_files("train"))
@@ -304,7 +309,7 @@ def test_a_retried_bundle_leaves_the_same_files(tmp_path: Path) -> None:
     shard = executor.find_shards(f"{examples.uri}/Split-train")[0]
     contents = []
     for _ in range(2):
-        with TestPipeline(argv=[RUNNER]) as pipeline:
+        with TestPipeline(argv=[*BEAM_ARGUMENTS]) as pipeline:
             files = pipeline | beam.Create([shard]) | executor.MakeViews(job)
             assert_that(files | beam.Map(lambda file: file.records), equal_to([IMAGES] * 2))
         contents.append({p.name: p.read_bytes() for p in Path(job.split_folder).iterdir()})
@@ -321,7 +326,7 @@ def test_an_unreadable_record_is_an_error_of_ours_and_nothing_counts_as_done(tmp
     views.uri = str(tmp_path / "views")
     parts = {"image": IMAGE, "augment": AUGMENT, "sample": SampleConfig()}
     properties = {name: config_json.dumps(part) for name, part in parts.items()} | {"seed": 0, "code": ""}
-    context = BaseBeamExecutor.Context(beam_pipeline_args=[RUNNER], tmp_dir=str(tmp_path))
+    context = BaseBeamExecutor.Context(beam_pipeline_args=[*BEAM_ARGUMENTS], tmp_dir=str(tmp_path))
     with pytest.raises(Exception, match="cannot be read, though ingestion proved it") as caught:
         executor.Executor(context).Do({"examples": [examples]}, {"views": [views]}, properties)
     assert not isinstance(caught.value, UserError)
