@@ -632,14 +632,21 @@ def _tpu_report(options: argparse.Namespace) -> int:
     return DONE if compiles else FAILED
 
 
+def _test_processes() -> int:
+    """One more than the cores, since tests wait for disks, clocks and other processes; each may take 3 GiB."""
+    import psutil
+
+    return max(1, min(len(os.sched_getaffinity(0)) + 1, psutil.virtual_memory().available // (3 << 30)))
+
+
 def _test(arguments: Sequence[str]) -> int:
     for text in test_groups(ROOT / "tests"):
         print(text)
     sys.stdout.flush()
     # A process of its own, in the project's root: tests must not see what this one has imported or been given.
-    # The whole of them in two processes, a file at a time, since most keep one core busy.
+    # The whole of them in several processes, a file at a time, in the order that tests/conftest.py gives.
     whole = all(argument.startswith("-") for argument in arguments)
-    processes = ["-n", "2", "--dist", "loadfile"] if whole else []
+    processes = ["-n", str(_test_processes()), "--dist", "loadfile", "--no-loadscope-reorder"] if whole else []
     environment = {"TF_CPP_MIN_LOG_LEVEL": "3", **os.environ}
     return subprocess.call([sys.executable, "-m", "pytest", *processes, *arguments], cwd=ROOT, env=environment)
 

@@ -133,9 +133,10 @@ def _install(requirements: Path) -> Sequence[str | Path]:
     """Arguments of pip.
 
     No dependencies beyond the list, which is complete: TensorFlow's TPU build names a driver that no index has. One
-    retry: where an index cannot be reached but pip has another source, pip would else wait for minutes.
+    retry: where an index cannot be reached but pip has another source, pip would else wait for minutes. Python compiles
+    the few modules that are imported when they are.
     """
-    strict = ("--no-deps", "--require-hashes", "--only-binary=:all:", "--no-input", "--retries=1")
+    strict = ("--no-deps", "--require-hashes", "--only-binary=:all:", "--no-input", "--retries=1", "--no-compile")
     return ("install", "--disable-pip-version-check", *strict, "-r", requirements)
 
 

@@ -25,6 +25,8 @@ from pipeline.embedding.encoder import Encoder
 from pipeline.embedding.index import open_index
 from trainer_module.errors import UserError
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).parents[2]
 
 

@@ -18,6 +18,8 @@ from trainer_module.key_queue import KeyQueue
 from trainer_module.moco import initial_state
 from trainer_module.replica import SingleReplica
 
+pytestmark = pytest.mark.long
+
 # A small rate: what rounds otherwise in a graph must not grow.
 SIDE, BATCH, RATE, MEAN, STD = 8, 8, 1e-3, (128.0,) * 3, (64.0,) * 3
 SMALL = EncoderConfig(name="resnet18", stem=Stem.cifar, width=2, head=Head.v1, dim=8)

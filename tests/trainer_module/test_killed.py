@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from view_files import write_views
 
+pytestmark = pytest.mark.long
+
 EPOCHS, EVERY_LOOP, NEVER = 60, 0.0, 1e9
 KILLS = 2
 

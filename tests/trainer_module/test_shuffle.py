@@ -16,6 +16,8 @@ from trainer_module.config import EncoderConfig, Head, KeyBnConfig, KeyBnMode, S
 from trainer_module.replica import SingleReplica, gather, own_rows
 from trainer_module.shuffle import Memory, key_encoding, permutation
 
+pytestmark = pytest.mark.long
+
 MOVING = (KeyBnMode.cross_replica_sum, KeyBnMode.all_to_all, KeyBnMode.butterfly, KeyBnMode.auto, KeyBnMode.host)
 BALANCED = (KeyBnMode.all_to_all, KeyBnMode.butterfly, KeyBnMode.auto)
 NOTHING = Memory([], [], [])

@@ -30,6 +30,8 @@ from components.image_example_gen.config import IngestConfig, Labels, NearDuplic
 from pipeline.beam import BEAM_ARGUMENTS
 from trainer_module.errors import UserError
 
+pytestmark = pytest.mark.long
+
 SPLITS = (("train", 8000), ("eval", 10_000))
 SAMPLE = pathlib.Path(__file__).resolve().parents[3] / "configs" / "demo_images"
 

@@ -21,6 +21,8 @@ from places import BASE, QUICK, bucket_behind, read, states, tree
 from components.pusher import publish
 from trainer_module.errors import UserError
 
+pytestmark = pytest.mark.long
+
 PREFIX = BASE.removeprefix("gs://models/") + "/"
 REFUSALS = (Fault.unavailable, Fault.too_many, Fault.timed_out)
 # A fault that strikes once must be got over, whichever request it strikes.

@@ -32,6 +32,8 @@ from trainer_module.images import centre_view, eval_resize, stored_image
 from trainer_module.progress import LOGGER_NAME
 from trainer_module.views import view_pair
 
+pytestmark = pytest.mark.long
+
 SAMPLES = Path(__file__).resolve().parents[3] / "configs" / "demo_images"
 IMAGE = ImageConfig(storage_size=48)
 AUGMENT = AugmentConfig(size=32, pairs_per_image=2)

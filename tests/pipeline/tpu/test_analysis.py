@@ -10,6 +10,8 @@ from pipeline.tpu.analysis import Compiled, Compiler
 from pipeline.tpu.chips import parse_topology
 from trainer_module.config import KeyBnMode
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture
 def request_():

@@ -13,6 +13,8 @@ from pipeline.tpu.analysis import Compiler
 from pipeline.worker import ROOT, Worker
 from trainer_module.config import KeyBnMode
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture
 def budget():

@@ -25,6 +25,8 @@ from trainer_module.moco import Metrics
 from trainer_module.shuffle import permutation, recommended, shuffle_keys
 from trainer_module.strategy import make_strategy
 
+pytestmark = pytest.mark.long
+
 STEPS, BATCH, SIDE, QUEUE, DIM = 3, 64, 8, 160, 12  # the third batch wraps round the queue's end
 GROUPS, RING, SEED = 2, 2, 7
 TOLERANCE = 1e-4

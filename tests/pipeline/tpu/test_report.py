@@ -14,6 +14,8 @@ from pipeline.tpu.report import hbm_parts, roofline, verdict
 from trainer_module.config import KeyBnConfig, KeyBnMode
 from trainer_module.errors import UserError
 
+pytestmark = pytest.mark.long
+
 V5E = parse_topology("v5e:2x4")
 GIB = 2**30
 STEP = Compiled(

@@ -1,0 +1,64 @@
+"""The whole pipeline on images that are unlabelled, too few, or already in the hands of another run."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from small_runs import RESNET, result_of, settings, write_images
+
+from pipeline import cli, local
+from pipeline.workdir import opened
+from trainer_module.errors import UserError
+
+pytestmark = pytest.mark.long
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory, sample_images):
+    return write_images(tmp_path_factory.mktemp("images"), sample_images)
+
+
+def test_unlabelled_images_run_to_the_end_with_label_metrics_null(sample_images, tmp_path):
+    folder = tmp_path / "flat"
+    folder.mkdir()
+    for i, data in enumerate(sample_images["tools"][:60]):
+        (folder / f"{i}.png").write_bytes(data)
+    workdir = tmp_path / "work"
+    workdir.mkdir()
+    assert local.run(settings(*RESNET, "train.epochs=1"), str(folder), workdir) == 0
+    metrics = result_of(workdir)["metrics"]
+    labelled = {name for name in metrics if re.search("knn_top|linear_top|majority_top|recall_at|knn_gain", name)}
+    assert {"knn_top1", "linear_top1", "random_init_knn_top1", "pixel_knn_top1"} <= labelled
+    assert {metrics[name] for name in labelled} == {None}
+    assert all(np.isfinite(metrics[name]) for name in metrics.keys() - labelled)
+    page = Path(result_of(workdir)["model_card"]).read_text()
+    assert '<figure class="query">' in page
+    assert "There are no labels in both splits" in page
+
+
+def test_three_images_end_in_one_line_with_exit_code_2(sample_images, tmp_path, capsys):
+    folder = tmp_path / "three"
+    folder.mkdir()
+    for i, data in enumerate(sample_images["tools"][:3]):
+        (folder / f"{i}.png").write_bytes(data)
+    code = cli.main(["run", "--images", str(folder), "--workdir", str(tmp_path / "w"), "--config", "demo"])
+    assert code == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("moco: ")
+    assert not (tmp_path / "w" / "serving").exists()
+    assert result_of(tmp_path / "w")["status"] == "failed"
+
+
+def test_a_second_run_on_a_working_directory_in_use_is_refused(images, tmp_path, capsys):
+    with opened(str(tmp_path / "w")):
+        assert cli.main(["run", "--images", str(images), "--workdir", str(tmp_path / "w"), "--config", "demo"]) == 2
+    assert "another run uses" in capsys.readouterr().err
+
+
+def test_too_few_images_for_a_batch_are_refused_before_anything_is_made_of_them(images, tmp_path):
+    with pytest.raises(UserError, match=r"fewer than train.global_batch=512"):
+        local.run(settings("train.global_batch=512", "train.queue=512"), str(images), tmp_path)
+    assert not (tmp_path / "artifacts" / "ViewAugmenter").exists()
+    result = result_of(tmp_path)
+    assert (result["status"], result["images"]["read"], result["metrics"]["knn_top1"]) == ("failed", 162, None)
