@@ -290,11 +290,9 @@ def _interval(estimate: Mapping[str, float | None] | None) -> str:
 
 def _describe_ingest(node: Node) -> str:
     counts = ingested(node)
-    near = counts.get("near_duplicates", 0)
     return (
         f"{counts['read']:,} read: {counts['train']:,} train, {counts['eval']:,} eval, "
         f"{counts['quarantined']:,} quarantined, {counts['duplicates']:,} duplicates"
-        + (f", {near:,} near duplicates across the split" if near else "")
     )
 
 
