@@ -5,6 +5,7 @@ Nothing heavy is imported until a command needs it, so that help and refusals an
 
 import argparse
 import ast
+import dataclasses
 import difflib
 import errno
 import os
@@ -83,6 +84,7 @@ def _dispatch(arguments: list[str]) -> int:
         "weights": _weights,
         "publish": _publish,
         "serve": _serve,
+        "deploy": _deploy,
         "bench": _bench,
         "tpu-report": _tpu_report,
     }
@@ -386,6 +388,76 @@ then, from another terminal:
     _add_talk(parser)
 
 
+def _add_deploy(parser: argparse.ArgumentParser) -> None:
+    from pipeline.deploying.command import TARGETS
+    from pipeline.deploying.config import FilesConfig, VertexConfig, option
+
+    parser.description = """\
+Brings a published encoder to those who serve it for many: writes what TensorFlow Serving needs by docker or under
+KServe, with batches and warm-up, or uploads it to Vertex AI and deploys it on an endpoint. For Vertex AI, typed again
+it does what is not done yet; it takes ten minutes or more, and Application Default Credentials
+('gcloud auth application-default login')."""
+    parser.epilog = """\
+examples:
+  ./moco deploy --target docker --model moco-demo/serving/encoder --out serving && serving/serve.sh
+  ./moco deploy --target kserve --model gs://bucket/encoder/1795387561 --dry-run | kubectl apply -f -
+  ./moco deploy --target vertex --model gs://bucket/encoder --project PROJECT --region europe-west4
+  ./moco deploy --target vertex --model gs://bucket/encoder --project PROJECT --region europe-west4 --traffic 10"""
+    parser.add_argument("--target", required=True, action=_Once, choices=TARGETS, help="who serves it")
+    parser.add_argument(
+        "--model",
+        required=True,
+        action=_Once,
+        metavar="DIR|gs://",
+        help="as for './moco embed'; KServe and Vertex AI need gs://, and nobody is asked for gs://BUCKET/PATH/VERSION",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="only show the files, or the requests as JSON")
+    parser.add_argument("--out", action=_Once, metavar="DIR", help="docker, kserve: folder for the files")
+    parser.add_argument("--project", action=_Once, metavar="ID", help="vertex: of Google Cloud")
+    parser.add_argument("--region", action=_Once, metavar="REGION", help="vertex: such as europe-west4")
+    words = {
+        "name": ("NAME", "the model's name in requests, and its id on Vertex AI"),
+        "image": ("URI", "docker, kserve: TensorFlow Serving's; vertex: one of your own, for the prebuilt one"),
+        "max_batch": ("N", "docker, kserve: rows in one call of the model"),
+        "max_wait_ms": ("MS", "docker, kserve: how long a row waits for company"),
+        "max_queue": ("N", "docker, kserve: rows that wait; more are refused"),
+        "threads": ("N", "docker, kserve: calls of the model at a time"),
+        "rest_port": ("N", "docker: port of REST on loopback"),
+        "grpc_port": ("N", "docker: port of gRPC on loopback"),
+        "min_replicas": ("N", "kserve, vertex: servers at least"),
+        "max_replicas": ("N", "kserve, vertex: servers at most"),
+        "cpus": ("N", "kserve: of one server"),
+        "memory_gb": ("GB", "kserve: of one server"),
+        "endpoint": ("ID", "vertex: the endpoint; made where there is none (default: the name)"),
+        "machine_type": ("TYPE", "vertex: of each server"),
+        "accelerator": ("TYPE", "vertex: such as NVIDIA_TESLA_T4"),
+        "accelerators": ("N", "vertex: of each server"),
+        "traffic": ("PERCENT", "vertex: of the endpoint's requests; models already there share the rest"),
+        "service_account": ("EMAIL", "vertex: whom the servers act as"),
+    }
+    fields = {field.name: field for kind in (VertexConfig, FilesConfig) for field in dataclasses.fields(kind)}
+    for name, (metavar, text) in words.items():
+        default = fields[name].default
+        parser.add_argument(
+            option(name),
+            action=_Once,
+            type=type(default),
+            metavar=metavar,
+            help=text if default == "" else f"{text} (default: {default})",
+        )
+    parser.add_argument(
+        "--replace", action="store_true", default=None, help="vertex: take models off that get no requests any more"
+    )
+    parser.add_argument(
+        "--label",
+        action="append",
+        dest="labels",
+        metavar="KEY=VALUE",
+        help="vertex: on the model and the endpoint; may be repeated",
+    )
+    _add_talk(parser)
+
+
 def _add_bench(parser: argparse.ArgumentParser) -> None:
     names = bench.available()
     width = max(map(len, names), default=0)
@@ -459,6 +531,7 @@ _COMMANDS = {
     "weights": (_add_weights, "write a published encoder's weights for PyTorch"),
     "publish": (_add_publish, "publish encoders, list the published ones, go back, remove old ones"),
     "serve": (_add_serve, "serve an encoder by TensorFlow Serving's REST and gRPC"),
+    "deploy": (_add_deploy, "TensorFlow Serving by docker, KServe or Vertex AI"),
     "bench": (_add_bench, "measure speed and memory"),
     "tpu-report": (_add_tpu_report, "compile the training step for TPUs that need not be there"),
 }
@@ -581,8 +654,6 @@ def _publish(options: argparse.Namespace) -> int:
 
 
 def _serve(options: argparse.Namespace) -> int:
-    import dataclasses
-
     from pipeline import console
     from pipeline.serving.config import ServeConfig, validate
 
@@ -594,6 +665,22 @@ def _serve(options: argparse.Namespace) -> int:
 
     with console.progress_shown():
         server.serve(config, console.line)
+    return DONE
+
+
+def _deploy(options: argparse.Namespace) -> int:
+    from pipeline import console
+    from pipeline.deploying import command
+    from pipeline.deploying.config import FilesConfig, VertexConfig
+
+    names = {field.name for kind in (FilesConfig, VertexConfig) for field in dataclasses.fields(kind)}
+    given = {name: getattr(options, name) for name in sorted(names | {"out", "project", "region"})}
+    typed = {name: tuple(value) if name == "labels" else value for name, value in given.items() if value is not None}
+    deployment = command.asked(options.target, options.model, typed, options.dry_run)
+    console.quiet(options.verbose)
+    with console.progress_shown():
+        for line in command.lines(deployment):
+            console.line(line)
     return DONE
 
 

@@ -1,0 +1,22 @@
+"""Names of places on Google Cloud; light, so that a wrong one is refused at once."""
+
+import json
+import re
+
+from trainer_module.errors import UserError
+
+
+def check_place(project: str, region: str) -> None:
+    """Refuses names that no project or region can have.
+
+    Raises:
+        UserError: names the option.
+    """
+    for option, value, pattern, example in (
+        ("--project", project, r"(?:[a-z0-9.-]+:)?[a-z][a-z0-9-]{4,28}[a-z0-9]|\d+", "my-project-1"),
+        ("--region", region, r"[a-z]+-[a-z]+\d{1,2}", "europe-west4"),
+    ):
+        if not value:
+            raise UserError(f"{option} is missing; e.g. {option} {example}")
+        if not re.fullmatch(pattern, value):
+            raise UserError(f"{option} {json.dumps(value)} is none; e.g. {option} {example}")

@@ -1,0 +1,64 @@
+"""TensorFlow Serving under KServe: an InferenceService, and the files that it needs as a ConfigMap.
+
+KServe copies storageUri into each new pod once and looks for nothing later, so the version is named: to go to another
+one is to apply this file anew, and the annotation with the number makes new pods.
+"""
+
+import yaml
+
+from pipeline.deploying import tf_serving
+from pipeline.deploying.config import FilesConfig
+from pipeline.deploying.located import Located
+
+FILE = "inference_service.yaml"
+_MODELS = "/mnt/models"  # where KServe lays what it has copied
+_CONFIG = "/mnt/config"
+
+
+def files(config: FilesConfig, model: Located) -> dict[str, str]:
+    """Texts by names.
+
+    Args:
+        config: batches, and how many servers of which size.
+        model: in a bucket.
+    """
+    documents = [_config_map(config, model), _service(config, model)]
+    return {FILE: yaml.safe_dump_all(documents, sort_keys=False, width=1000)}
+
+
+def _config_map(config: FilesConfig, model: Located) -> dict:
+    return {
+        "apiVersion": "v1",
+        "kind": "ConfigMap",
+        "metadata": {"name": f"{config.name}-serving"},
+        "data": {
+            tf_serving.BATCHING: tf_serving.batching(config),
+            tf_serving.MODELS: tf_serving.models(config, model, _MODELS, followed=False),
+        },
+    }
+
+
+def _service(config: FilesConfig, model: Located) -> dict:
+    room = {"cpu": f"{config.cpus:g}", "memory": f"{config.memory_gb:g}G"}
+    served = {
+        "modelFormat": {"name": "tensorflow", "version": "2"},
+        "protocolVersion": "v1",
+        "image": tf_serving.image(config),
+        "storageUri": model.base,
+        "args": tf_serving.flags(_CONFIG),
+        "resources": {"requests": room, "limits": room},
+        "volumeMounts": [{"name": "serving", "mountPath": _CONFIG, "readOnly": True}],
+    }
+    predictor = {
+        "minReplicas": config.min_replicas,
+        "maxReplicas": config.max_replicas,
+        "annotations": {"moco/model-version": model.version},
+        "model": served,
+        "volumes": [{"name": "serving", "configMap": {"name": f"{config.name}-serving"}}],
+    }
+    return {
+        "apiVersion": "serving.kserve.io/v1beta1",
+        "kind": "InferenceService",
+        "metadata": {"name": config.name},
+        "spec": {"predictor": predictor},
+    }
