@@ -28,6 +28,7 @@ from components.image_example_gen.config import PILLOW_MAX_PIXELS, IngestConfig
 from components.model_card.config import CardConfig
 from components.pusher.config import PublishConfig
 from components.serving_check.config import ServingCheckConfig
+from pipeline.cloud.config import CloudConfig
 from trainer_module.config import (
     AugmentConfig,
     EncoderConfig,
@@ -53,7 +54,7 @@ class Config:
     Attributes:
         name: names the experiment in reports and in the model's card; letters, digits, dot, dash, underscore.
         seed: from which every random draw is derived.
-        ingest, image, augment, encoder, train, evaluate, serving_check, card, publish: see their classes.
+        ingest, image, augment, encoder, train, evaluate, serving_check, card, publish, cloud: see their classes.
     """
 
     name: str = "moco"
@@ -67,6 +68,7 @@ class Config:
     serving_check: ServingCheckConfig = ServingCheckConfig()
     card: CardConfig = CardConfig()
     publish: PublishConfig = PublishConfig()
+    cloud: CloudConfig = CloudConfig()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,6 +183,12 @@ RANGES: Mapping[str, Range] = {
     "serving_check.tolerance": _positive(1),
     "serving_check.max_latency_ms": Range(0, 10**7),
     "publish.keep": Range(0, 10**6),
+    "cloud.dataflow.max_workers": Range(1, 4000),
+    "cloud.dataflow.disk_gb": Range(10, 65_536),
+    "cloud.worker.cpus": Range(0.5, 416),
+    "cloud.worker.memory_gb": Range(1, 12_288),
+    "cloud.trainer.count": Range(0, 8),
+    "cloud.trainer.timeout_hours": _positive(8760),
 }
 
 CHOICES: Mapping[str, tuple[str, ...]] = {"encoder.name": ("resnet18", "resnet34", "resnet50", "resnet101")}
