@@ -85,6 +85,7 @@ def _dispatch(arguments: list[str]) -> int:
         "publish": _publish,
         "serve": _serve,
         "deploy": _deploy,
+        "submit": _submit,
         "bench": _bench,
         "tpu-report": _tpu_report,
     }
@@ -458,6 +459,64 @@ examples:
     _add_talk(parser)
 
 
+def _add_submit(parser: argparse.ArgumentParser) -> None:
+    from pipeline.cloud.submit_command import TARGETS
+
+    parser.description = """\
+Runs the pipeline on Vertex AI Pipelines or Kubeflow Pipelines, once or by a schedule, follows runs and cancels them.
+Where it runs is in the configuration, below 'cloud'; configs/vertex_*.yaml are examples. Vertex AI is reached with
+Application Default Credentials ('gcloud auth application-default login'); --dry-run needs none."""
+    parser.epilog = """\
+examples:
+  ./moco submit --target vertex --config vertex_v5e_8 --set cloud.project=PROJECT --watch
+  ./moco submit --target vertex --config mine.yaml --parameter span=17 --label team=vision --dry-run
+  ./moco submit --target vertex --config mine.yaml --cron 'CRON_TZ=Europe/Berlin 0 3 * * *'
+  ./moco submit --target vertex --config mine.yaml --cancel moco-20261123-064500
+  ./moco submit --target kubeflow --config mine.yaml --set cloud.kubeflow.host=http://localhost:8080 --watch
+
+With --name, typed again it begins nothing twice on Vertex AI. Code 1: the run that was watched did not succeed."""
+    parser.add_argument("--target", required=True, action=_Once, choices=TARGETS, help="who runs it")
+    parser.add_argument(
+        "--config",
+        default="moco_v2",
+        action=_Once,
+        metavar="PRESET|FILE",
+        help="a preset or a YAML file (default: moco_v2)",
+    )
+    parser.add_argument(
+        "--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE", help="as for './moco run'"
+    )
+    parser.add_argument("--images", action=_Once, metavar="gs://", help="of this run: the parameter images")
+    parser.add_argument(
+        "--parameter",
+        action="append",
+        default=[],
+        dest="parameters",
+        metavar="NAME=VALUE",
+        help="of this run, such as epochs=50; may be repeated",
+    )
+    parser.add_argument("--name", default="", action=_Once, metavar="NAME", help="of the run or the schedule")
+    parser.add_argument(
+        "--label", action="append", default=[], dest="labels", metavar="KEY=VALUE", help="on the run; may be repeated"
+    )
+    parser.add_argument("--no-cache", action="store_true", help="take no stage from the cache")
+    parser.add_argument(
+        "--pipeline", default="", action=_Once, metavar="FILE", help="what './moco compile' wrote, not compiled anew"
+    )
+    parser.add_argument("--cron", default="", action=_Once, metavar="FIELDS", help="begin runs by a schedule")
+    parser.add_argument("--dry-run", action="store_true", help="only show the request, as JSON")
+    parser.add_argument(
+        "--watch",
+        nargs="?",
+        const="",
+        action=_Once,
+        metavar="NAME",
+        help="follow the run to its end; with a name, one that is there",
+    )
+    parser.add_argument("--cancel", action=_Once, metavar="NAME", help="end a run, or remove schedules/ID")
+    _add_talk(parser)
+
+
 def _add_bench(parser: argparse.ArgumentParser) -> None:
     names = bench.available()
     width = max(map(len, names), default=0)
@@ -532,6 +591,7 @@ _COMMANDS = {
     "publish": (_add_publish, "publish encoders, list the published ones, go back, remove old ones"),
     "serve": (_add_serve, "serve an encoder by TensorFlow Serving's REST and gRPC"),
     "deploy": (_add_deploy, "TensorFlow Serving by docker, KServe or Vertex AI"),
+    "submit": (_add_submit, "run the pipeline on Vertex AI or Kubeflow"),
     "bench": (_add_bench, "measure speed and memory"),
     "tpu-report": (_add_tpu_report, "compile the training step for TPUs that need not be there"),
 }
@@ -682,6 +742,38 @@ def _deploy(options: argparse.Namespace) -> int:
         for line in command.lines(deployment):
             console.line(line)
     return DONE
+
+
+def _submit(options: argparse.Namespace) -> int:
+    from pipeline import config, console
+    from pipeline.cloud import submit_command
+    from pipeline.cloud.submission import submission
+
+    settings = config.load(options.config, options.overrides)
+    there = options.cancel or options.watch or ""
+    if options.cancel and options.watch:
+        raise UserError(f"--watch {options.watch}: leave the name out, --cancel {options.cancel} says it")
+    images = [f"images={options.images}"] if options.images else []
+    given = submission(
+        name=options.name,
+        labels=options.labels,
+        parameters=[*images, *options.parameters],
+        cached=not options.no_cache,
+        cron=options.cron,
+    )
+    asked = submit_command.Request(
+        options.target,
+        settings,
+        given,
+        pipeline=os.path.expanduser(options.pipeline),
+        dry_run=options.dry_run,
+        watch=options.watch is not None,
+        name=there,
+        cancel=bool(options.cancel),
+    )
+    submit_command.check(asked)
+    console.quiet(options.verbose)
+    return DONE if submit_command.run(asked, console.line) else FAILED
 
 
 def _bench(options: argparse.Namespace) -> int:

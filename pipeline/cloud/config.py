@@ -85,6 +85,23 @@ class TrainerConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class KubeflowConfig:
+    """The Kubeflow Pipelines that `./moco submit --target kubeflow` asks.
+
+    Attributes:
+        host: address of its API, such as http://localhost:8080 behind kubectl port-forward.
+        namespace: of the runs, where the installation has several users; empty where it has one.
+        experiment: name of the experiment that runs belong to; made where there is none.
+        token_file: file with the token to log in with; empty where none is wanted.
+    """
+
+    host: str = ""
+    namespace: str = ""
+    experiment: str = "moco"
+    token_file: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
 class CloudConfig:
     """What `./moco compile` and `./moco submit` need to know besides the experiment.
 
@@ -100,7 +117,7 @@ class CloudConfig:
         network: full name, projects/NUMBER/global/networks/NAME; empty for the default one.
         labels: key=value each, put on jobs and runs.
         beam: see BeamPlace.
-        dataflow, worker, trainer: see their classes.
+        dataflow, worker, trainer, kubeflow: see their classes.
     """
 
     project: str = ""
@@ -116,3 +133,4 @@ class CloudConfig:
     dataflow: DataflowConfig = DataflowConfig()
     worker: WorkerConfig = WorkerConfig()
     trainer: TrainerConfig = TrainerConfig()
+    kubeflow: KubeflowConfig = KubeflowConfig()

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import grpc
 from google.api_core.exceptions import (
     Forbidden,
+    GatewayTimeout,
     GoogleAPICallError,
     NotFound,
     RetryError,
@@ -142,8 +143,10 @@ def _mend(error: BaseException, connection: Connection) -> str:
         return f"not found in {connection.where} ({said}); check the name, the project and the region"
     if isinstance(error, TooManyRequests):
         return f"the quota of {connection.where} is used up ({said}); wait, or ask for more under IAM, Quotas"
-    if isinstance(error, ServerError | RetryError):
+    if isinstance(error, ServiceUnavailable | GatewayTimeout | RetryError):
         return f"no answer from {connection.host} ({said}); try again later"
+    if isinstance(error, ServerError):
+        return f"a fault of Vertex AI ({said}); try again later"
     return f"Vertex AI refuses it ({said}); mend what it names"
 
 

@@ -122,7 +122,7 @@ def _written(files: Mapping[str, str], folder: Path) -> Iterator[str]:
         if text.startswith("#!"):
             path.chmod(0o755)
         yield f"wrote {path}"
-    last = next(reversed(files))
+    last = list(files)[-1]
     yield (
         f"serve it with: {folder / last}"
         if last.endswith(".sh")

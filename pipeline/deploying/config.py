@@ -4,6 +4,7 @@ import dataclasses
 import math
 import re
 
+from pipeline.cloud.labels import labelled
 from trainer_module.errors import UserError
 
 
@@ -138,21 +139,3 @@ def _check_vertex(config: VertexConfig) -> None:
     if config.min_replicas < 1:
         raise UserError("--min-replicas 0 is not possible on an endpoint of Vertex AI; e.g. --min-replicas 1")
     labelled(config.labels)
-
-
-def labelled(labels: tuple[str, ...]) -> dict[str, str]:
-    """Labels by their keys.
-
-    Args:
-        labels: key=value each.
-
-    Raises:
-        UserError: one has another form than Google Cloud takes.
-    """
-    for label in labels:
-        if not re.fullmatch(r"[a-z][a-z0-9_-]{0,62}=[a-z0-9_-]{0,63}", label):
-            raise UserError(
-                f"--label {label} must be KEY=VALUE of small letters, digits, '_' and '-', 63 at most each; e.g. "
-                "--label team=vision"
-            )
-    return dict(label.split("=") for label in labels)

@@ -15,8 +15,9 @@ from google.protobuf import field_mask_pb2
 
 from components.pusher import publish
 from pipeline.cloud import vertex
+from pipeline.cloud.labels import labelled
 from pipeline.cloud.vertex import Connection
-from pipeline.deploying.config import VertexConfig, labelled
+from pipeline.deploying.config import VertexConfig
 from pipeline.deploying.located import Located
 from trainer_module import progress
 from trainer_module.errors import UserError
@@ -269,10 +270,11 @@ def accelerator(name: str) -> types.AcceleratorType:
     Raises:
         UserError: there is none of that name.
     """
-    known = [kind.name for kind in types.AcceleratorType if kind.name.startswith("NVIDIA")]
+    kinds = dict(types.AcceleratorType.__members__)
+    known = [kind for kind in kinds if kind.startswith("NVIDIA")]
     if name not in known:
         raise UserError(f"--accelerator {name} is none that serves; one of {', '.join(known)}")
-    return types.AcceleratorType[name]
+    return kinds[name]
 
 
 def _check_highest(model: Located) -> None:

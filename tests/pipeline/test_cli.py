@@ -14,7 +14,20 @@ from pipeline import bench, cli
 from trainer_module.errors import UserError
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = ["demo", "run", "test", "embed", "search", "weights", "publish", "serve", "deploy", "bench", "tpu-report"]
+COMMANDS = [
+    "demo",
+    "run",
+    "test",
+    "embed",
+    "search",
+    "weights",
+    "publish",
+    "serve",
+    "deploy",
+    "submit",
+    "bench",
+    "tpu-report",
+]
 HEAVY = ("jax", "tensorflow", "tfx", "apache_beam", "pandas", "keras", "ml_metadata", "pyarrow")
 
 
@@ -85,6 +98,9 @@ def test_the_help_of_bench_lists_the_benchmarks_that_there_are(capsys):
         ["deploy", "--help"],
         ["deploy", "--target", "vertex", "--model", "gs://b-u-c/x/1", "--project", "my-project"],
         ["deploy", "--target", "docker", "--model", "x", "--endpoint", "y"],
+        ["submit", "--help"],
+        ["submit", "--target", "vertex"],
+        ["submit", "--target", "kubeflow", "--config", "demo"],
         ["bench", "--help"],
         ["tpu-report", "--help"],
         ["tpu-report", "--topology", "v5e:3x5"],

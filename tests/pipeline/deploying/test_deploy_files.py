@@ -1,4 +1,4 @@
-"""Files for TensorFlow Serving by docker and under KServe: each is read by what will read it, as far as that is here."""
+"""Files for TensorFlow Serving by docker and under KServe: each is read by what reads it there, where that is here."""
 
 import importlib.metadata
 import itertools
