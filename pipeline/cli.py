@@ -28,7 +28,10 @@ DONE, FAILED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
 
 _DESCRIPTION = "Train, check, publish and use a visual encoder by Momentum Contrast (MoCo) on your own images."
 _SEE = "'./moco COMMAND --help' explains a command, with an example."
-_CONTINUES = ("demo", "run", "embed")
+_INTERRUPTED = {
+    **dict.fromkeys(("demo", "run", "embed"), "; the same command continues"),
+    **dict.fromkeys(("submit", "deploy"), "; what was begun on Google Cloud or Kubeflow goes on there"),
+}
 # What a path or its rights can bring about, wherever it is met; a missing file may be our fault.
 _OF_THE_USER = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP)
 
@@ -56,8 +59,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _interrupted(arguments: Sequence[str]) -> int:
-    hint = "; the same command continues" if arguments and arguments[0] in _CONTINUES else ""
-    print(f"moco: interrupted{hint}", file=sys.stderr)
+    print(f"moco: interrupted{_INTERRUPTED.get(arguments[0] if arguments else '', '')}", file=sys.stderr)
     return INTERRUPTED
 
 

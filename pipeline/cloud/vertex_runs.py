@@ -67,6 +67,8 @@ def run_request(job: Mapping[str, Any], asked: Submission, connection: Connectio
     definitions = job["pipelineSpec"]["root"].get("inputDefinitions", {}).get("parameters", {})
     values = typed(asked.parameters, definitions)
     _check_given(job, definitions, values)
+    if not (job["pipelineSpec"].get("defaultPipelineRoot") or job["runtimeConfig"].get("gcsOutputDirectory")):
+        raise UserError("the pipeline has no root, the gs:// folder of what it makes; compile it with cloud.root")
     name = run_name(asked.name, pipeline, datetime.datetime.now(datetime.timezone.utc))
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "pipeline.json"

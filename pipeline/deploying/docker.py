@@ -37,7 +37,7 @@ def _command(config: FilesConfig, model: Located) -> str:
     lines = " \\\n  ".join(" ".join(_quoted(word) for word in line) for line in words)
     return f"""\
 #!/bin/sh
-# Serves {model.path}
+# Serves {" ".join(model.path.split())}
 # at http://127.0.0.1:{config.rest_port}/v1/models/{config.name}; ends with: docker stop {config.name}
 set -eu
 cd "$(dirname "$0")"
@@ -52,7 +52,8 @@ def _model(config: FilesConfig, model: Located) -> list[str]:
 
 
 def _mount(source: str, target: str) -> list[str]:
-    return ["--mount", f"type=bind,source={source},target={target},readonly"]
+    parts = ["type=bind", f"source={source}", f"target={target}", "readonly"]
+    return ["--mount", ",".join(f'"{part}"' if "," in part else part for part in parts)]  # as CSV, docker's form
 
 
 def _quoted(word: str) -> str:

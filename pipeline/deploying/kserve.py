@@ -4,6 +4,8 @@ KServe copies storageUri into each new pod once and looks for nothing later, so 
 one is to apply this file anew, and the annotation with the number makes new pods.
 """
 
+from typing import Any
+
 import yaml
 
 from pipeline.deploying import tf_serving
@@ -23,7 +25,23 @@ def files(config: FilesConfig, model: Located) -> dict[str, str]:
         model: in a bucket.
     """
     documents = [_config_map(config, model), _service(config, model)]
-    return {FILE: yaml.safe_dump_all(documents, sort_keys=False, width=1000)}
+    return {FILE: yaml.dump_all(documents, Dumper=_Plain, sort_keys=False, width=1000)}
+
+
+class _Plain(yaml.SafeDumper):
+    """As people write it: files as blocks, nothing by reference."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        """Writes everything out."""
+        del data
+        return True
+
+    def represent_text(self, text: str) -> yaml.Node:
+        """A text of several lines as a block."""
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None)
+
+
+_Plain.add_representer(str, _Plain.represent_text)
 
 
 def _config_map(config: FilesConfig, model: Located) -> dict:

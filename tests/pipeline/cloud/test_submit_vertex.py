@@ -9,12 +9,14 @@ import grpc
 import pytest
 import vertex_server
 from compiled import PIPELINE, compiled
-from google.cloud.aiplatform_v1 import types
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import rsa
+from google.cloud.aiplatform_v1 import PipelineServiceClient, types
 from google.protobuf import json_format
 from google.rpc import status_pb2
 from vertex_server import Fault, VertexServer
 
-from pipeline.cloud import submit_command, vertex_runs
+from pipeline.cloud import submit_command, vertex, vertex_runs
 from pipeline.cloud.config import CloudConfig
 from pipeline.cloud.submission import submission
 from pipeline.cloud.vertex import Connection
@@ -332,6 +334,13 @@ def test_a_run_that_there_is_not_is_said_to_be_missing(service, deed):
 # Refusals before anything is sent.
 
 
+def test_a_pipeline_without_a_root_is_refused():
+    job = compiled()
+    del job["pipelineSpec"]["defaultPipelineRoot"], job["runtimeConfig"]["gcsOutputDirectory"]
+    with pytest.raises(UserError, match=r"compile it with cloud\.root"):
+        vertex_runs.dry_run(job, ASKED, Connection("my-project", "europe-west4"))
+
+
 @pytest.mark.parametrize(
     ("parameters", "words"),
     [
@@ -346,3 +355,27 @@ def test_a_parameter_that_cannot_be_is_refused(parameters, words):
         vertex_runs.dry_run(compiled(), submission(parameters=parameters), Connection("my-project", "europe-west4"))
     for word in words:
         assert word in str(refusal.value)
+
+
+# Credentials.
+
+
+def test_without_credentials_the_line_says_how_to_get_them(monkeypatch):
+    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", "/nowhere")
+    with pytest.raises(UserError, match=r"no credentials for Vertex AI .*gcloud auth application-default login"):
+        submit(Connection("my-project", "europe-west4"))
+
+
+def test_with_credentials_the_regions_own_server_is_asked(monkeypatch, tmp_path: Path):
+    key = rsa.generate_private_key(public_exponent=65537, key_size=2048)
+    form = (serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    account = {
+        "type": "service_account",
+        "client_email": "me@my-project.iam.gserviceaccount.com",
+        "private_key": key.private_bytes(*form).decode(),
+        "token_uri": "https://oauth2.googleapis.com/token",
+    }
+    (tmp_path / "key.json").write_text(json.dumps(account))
+    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(tmp_path / "key.json"))
+    with vertex.client(PipelineServiceClient, Connection("my-project", "europe-west4")) as client:
+        assert client.transport.host == "europe-west4-aiplatform.googleapis.com:443"

@@ -1,5 +1,6 @@
 """Files for TensorFlow Serving by docker and under KServe: each is read by what reads it there, where that is here."""
 
+import csv
 import importlib.metadata
 import itertools
 import json
@@ -115,7 +116,8 @@ def mounts(arguments: list[str]) -> dict[str, str]:
     found = {}
     for before, word in itertools.pairwise(arguments):
         if before == "--mount":
-            parts = dict(part.partition("=")[::2] for part in word.split(","))
+            [row] = csv.reader([word])
+            parts = dict(part.partition("=")[::2] for part in row)
             assert {"readonly", "type"} <= set(parts)
             found[parts["target"]] = parts["source"]
     return found
@@ -135,6 +137,13 @@ def test_the_command_starts_a_server_that_finds_the_model_and_its_files(pushed, 
         assert (out / Path(path).relative_to("/config")).is_file()
     model = served_model((out / tf_serving.MODELS).read_text())
     assert (model.name, model.base_path, model.model_platform) == ("encoder", "/models/encoder", "tensorflow")
+
+
+def test_an_odd_path_comes_through(pushed, tmp_path: Path):
+    odd = tmp_path / "it's, $HOME (odd)"
+    odd.symlink_to(pushed)
+    assert cli.main(["deploy", "--target", "docker", "--model", str(odd), "--out", str(odd.parent / "o ut")]) == 0
+    assert mounts(docker_arguments(odd.parent / "o ut", tmp_path))["/models/encoder"] == str(odd)
 
 
 def test_a_model_that_is_no_version_of_a_folder_is_mounted_as_one(pushed, tmp_path: Path):
