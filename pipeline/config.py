@@ -28,6 +28,7 @@ from components.image_example_gen.config import PILLOW_MAX_PIXELS, IngestConfig
 from components.model_card.config import CardConfig
 from components.pusher.config import PublishConfig
 from components.serving_check.config import ServingCheckConfig
+from pipeline.cloud import machines
 from pipeline.cloud.config import CloudConfig
 from trainer_module.config import (
     AugmentConfig,
@@ -585,6 +586,7 @@ def _impossible(config: Config) -> Iterator[str]:
     yield from _impossible_encoder(config)
     yield from _impossible_training(config)
     yield from _impossible_publication(config)
+    yield from _impossible_cloud(config)
 
 
 _ORDERED = (
@@ -656,6 +658,32 @@ def _impossible_publication(config: Config) -> Iterator[str]:
         yield (
             f"publish.to={_show(to)} is neither a directory nor gs://BUCKET/PATH; e.g. publish.to=gs://"
             f"{to[scheme.end() :].lstrip('/') or 'BUCKET/PATH'}"
+        )
+
+
+_CLOUD_PLACES = ("cloud.root", "cloud.images", "cloud.dataflow.temp")
+_LABEL = re.compile(r"[a-z][a-z0-9_-]{0,62}=[a-z0-9_-]{0,63}")
+
+
+def _impossible_cloud(config: Config) -> Iterator[str]:
+    cloud, values = config.cloud, dict(_leaves(config))
+    for key in _CLOUD_PLACES:
+        if values[key] and not values[key].startswith("gs://"):
+            yield f"{key}={_show(values[key])} is not on gs://; e.g. {key}=gs://BUCKET/PATH"
+    for label in cloud.labels:
+        if not _LABEL.fullmatch(label):
+            yield (
+                f"cloud.labels={_show(cloud.labels)}: {_show(label)} is not key=value in lower-case letters, digits, "
+                "'-' and '_'; e.g. cloud.labels=[team=vision]"
+            )
+    yield from machines.faults(cloud.trainer, cloud.region)
+    cores = machines.machines(cloud.trainer).cores
+    if cores and config.train.global_batch % cores:
+        below = config.train.global_batch // cores * cores
+        near = [str(batch) for batch in (below, below + cores) if batch]
+        yield (
+            f"train.global_batch={config.train.global_batch} is not divisible by the {cores} cores of cloud.trainer; "
+            f"e.g. train.global_batch={_or(near)}"
         )
 
 
