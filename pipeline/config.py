@@ -295,11 +295,8 @@ def _from_file_or_preset(name: str) -> list[_Setting]:
     path = Path(name)
     if not name or not path.is_file():
         raise UserError(_no_such_config(name))
-    content = _read(path)
-    base = content.pop("preset", None)
-    settings = [] if base is None else _from_preset(str(base), f"{path}: ")
     stem = re.sub(r"[^A-Za-z0-9_.-]+", "-", path.stem).strip("-._")[:63] or "moco"
-    return [*settings, _Setting("name", stem, ""), *_settings(content, f"{path}: ")]
+    return _from_yaml(path, stem)
 
 
 def _from_preset(name: str, place: str = "") -> list[_Setting]:
@@ -307,8 +304,14 @@ def _from_preset(name: str, place: str = "") -> list[_Setting]:
         raise UserError(
             f"{place}preset={name} is not a preset; did you mean {_or(_by_nearness(name, preset_names()))}?"
         )
-    path = PRESETS / f"{name}.yaml"
-    return [_Setting("name", name, ""), *_settings(_read(path), f"{path}: ")]
+    return _from_yaml(PRESETS / f"{name}.yaml", name)
+
+
+def _from_yaml(path: Path, name: str) -> list[_Setting]:
+    content = _read(path)
+    base = content.pop("preset", None)
+    settings = [] if base is None else _from_preset(str(base), f"{path}: ")
+    return [*settings, _Setting("name", name, ""), *_settings(content, f"{path}: ")]
 
 
 def _no_such_config(name: str) -> str:
