@@ -680,13 +680,26 @@ def _impossible_cloud(config: Config) -> Iterator[str]:
                 "'-' and '_'; e.g. cloud.labels=[team=vision]"
             )
     yield from machines.faults(cloud.trainer, cloud.region)
-    cores = machines.machines(cloud.trainer).cores
-    if cores and config.train.global_batch % cores:
-        below = config.train.global_batch // cores * cores
+    yield from _impossible_cores(config.train, machines.machines(cloud.trainer).cores)
+
+
+def _impossible_cores(train: TrainConfig, cores: int) -> Iterator[str]:
+    """What the cores of a TPU that is rented for the training cannot do."""
+    if not cores:
+        return
+    if train.strategy in (StrategyKind.mirrored, StrategyKind.single):
+        yield f"train.strategy={train.strategy.name} leaves the TPU of cloud.trainer idle; e.g. train.strategy=tpu"
+    if train.global_batch % cores:
+        below = train.global_batch // cores * cores
         near = [str(batch) for batch in (below, below + cores) if batch]
         yield (
-            f"train.global_batch={config.train.global_batch} is not divisible by the {cores} cores of cloud.trainer; "
+            f"train.global_batch={train.global_batch} is not divisible by the {cores} cores of cloud.trainer; "
             f"e.g. train.global_batch={_or(near)}"
+        )
+    if does := dealing(train.key_bn, cores, train.global_batch // cores):
+        yield (
+            f"train.key_bn.mode={train.key_bn.mode.name} {does}, which train.global_batch={train.global_batch} over "
+            f"the {cores} cores of cloud.trainer does not allow; e.g. train.key_bn.mode=auto"
         )
 
 

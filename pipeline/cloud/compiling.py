@@ -64,6 +64,7 @@ def compile_pipeline(config: Config, target: Target) -> Spec:
     pipeline = create_pipeline(config, runner.places, runner)
     job = compiler.run(pipeline, parameter_values=runner.defaults, write_out=False)
     job["labels"] = {**job["labels"], **jobs.labels(config.cloud)}
+    job["runtimeConfig"]["parameterValues"] = runner.defaults  # as they are: TFX makes every number a float
     return _finished(job, config, runner)
 
 
