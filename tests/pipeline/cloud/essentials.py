@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 GOLDEN = Path(__file__).parent / "golden"
-CASES = {"vertex_v5e_16": "vertex", "vertex_v3_8": "vertex", "vertex_cpu": "kubeflow"}
+CASES = {"vertex_v5e_16": "vertex", "vertex_cpu": "kubeflow"}
 
 
 def essentials(job: dict[str, Any]) -> dict[str, Any]:
@@ -17,14 +17,16 @@ def essentials(job: dict[str, Any]) -> dict[str, Any]:
     spec = job["pipelineSpec"]
     executors = spec["deploymentSpec"]["executors"]
     tasks = spec["root"]["dag"]["tasks"]
-    flags = {name: _beam_flags(executors[f"{name}_executor"]) for name in tasks}
+    containers = [executor["container"] for executor in executors.values() if "container" in executor]
     return {
         "name": spec["pipelineInfo"]["name"],
         "schema": spec["schemaVersion"],
         "root": spec["defaultPipelineRoot"],
         "labels": {key: value for key, value in job["labels"].items() if not key.startswith("tfx_")},
         "parameters": spec["root"]["inputDefinitions"]["parameters"],
-        "beam": flags["ImageExampleGen"],
+        "beam": _the_one([_beam_flags(container) for container in containers]),
+        "image": _the_one([container["image"] for container in containers]),
+        "machine": _the_one([container["resources"] for container in containers]),
         "training": _training(tasks["Trainer"]),
         "stages": {name: _stage(task, executors[f"{name}_executor"]) for name, task in tasks.items()},
     }
@@ -34,7 +36,7 @@ def _stage(task: dict[str, Any], executor: dict[str, Any]) -> dict[str, Any]:
     inputs = task.get("inputs", {})
     stage: dict[str, Any] = {
         "after": task.get("dependentTasks", []),
-        "cached": task.get("cachingOptions", {}).get("enableCache", False),
+        "cached": [] if task.get("cachingOptions", {}).get("enableCache") else "never",
         "inputs": {
             name: "{producerTask}.{outputArtifactKey}".format(**artifact["taskOutputArtifact"])
             for name, artifact in inputs.get("artifacts", {}).items()
@@ -49,8 +51,6 @@ def _stage(task: dict[str, Any], executor: dict[str, Any]) -> dict[str, Any]:
         stage["resolves"] = {name: query["filter"] for name, query in resolver["outputArtifactQueries"].items()}
     if container := executor.get("container"):
         stage["runs"] = container["args"][container["args"].index("--executor_class_path") + 1]
-        stage["image"] = container["image"]
-        stage["machine"] = container["resources"]
         if "lifecycle" in container:
             stage["driver"] = " ".join(container["lifecycle"]["preCacheCheck"]["command"])
     return {name: value for name, value in stage.items() if value not in ([], {})}
@@ -67,9 +67,15 @@ def _training(task: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _beam_flags(executor: dict[str, Any]) -> list[str]:
-    arguments = executor.get("container", {}).get("args", [])
-    return [argument for argument in arguments if re.match(r"--(?!executor_class_path|json_serialized)\w", argument)]
+def _beam_flags(container: dict[str, Any]) -> list[str]:
+    ours = re.compile(r"--(?!executor_class_path|json_serialized)\w")
+    return [argument for argument in container["args"] if ours.match(argument)]
+
+
+def _the_one(values: list[Any]) -> Any:
+    """What all stages have in common, and they must."""
+    assert all(value == values[0] for value in values)
+    return values[0]
 
 
 def to_yaml(job: dict[str, Any]) -> str:
