@@ -87,6 +87,7 @@ def _dispatch(arguments: list[str]) -> int:
         "publish": _publish,
         "serve": _serve,
         "deploy": _deploy,
+        "compile": _compile,
         "submit": _submit,
         "bench": _bench,
         "tpu-report": _tpu_report,
@@ -461,6 +462,36 @@ examples:
     _add_talk(parser)
 
 
+def _add_compile(parser: argparse.ArgumentParser) -> None:
+    parser.description = """\
+Writes the pipeline as Vertex AI or Kubeflow runs it: Beam stages on Dataflow, training as a Vertex AI custom job on
+TPU, everything else on small machines. Reaches no network, and needs neither credentials nor a project. A run may set
+the parameters images, span ('latest' or a number) and epochs."""
+    parser.epilog = """\
+examples:
+  ./moco compile --target vertex --config vertex_v5e_8 --out pipeline.json
+  ./moco compile --target kubeflow --config mine.yaml --set cloud.trainer.spot=true --out pipeline.yaml
+
+configs/vertex_*.yaml are examples to copy: put your own project, bucket and images under 'cloud:'."""
+    parser.add_argument(
+        "--target", required=True, action=_Once, choices=("vertex", "kubeflow"), help="who is to run the pipeline"
+    )
+    parser.add_argument(
+        "--config", required=True, action=_Once, metavar="PRESET|FILE", help="as for './moco run', with 'cloud:'"
+    )
+    parser.add_argument(
+        "--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE", help="as for './moco run'"
+    )
+    parser.add_argument(
+        "--out",
+        required=True,
+        action=_Once,
+        metavar="FILE",
+        help="FILE.json for vertex (a PipelineJob), FILE.yaml for kubeflow (a PipelineSpec)",
+    )
+    _add_talk(parser)
+
+
 def _add_submit(parser: argparse.ArgumentParser) -> None:
     from pipeline.cloud.submit_command import TARGETS
 
@@ -593,6 +624,7 @@ _COMMANDS = {
     "publish": (_add_publish, "publish encoders, list the published ones, go back, remove old ones"),
     "serve": (_add_serve, "serve an encoder by TensorFlow Serving's REST and gRPC"),
     "deploy": (_add_deploy, "TensorFlow Serving by docker, KServe or Vertex AI"),
+    "compile": (_add_compile, "write the pipeline for Vertex AI or Kubeflow"),
     "submit": (_add_submit, "run the pipeline on Vertex AI or Kubeflow"),
     "bench": (_add_bench, "measure speed and memory"),
     "tpu-report": (_add_tpu_report, "compile the training step for TPUs that need not be there"),
@@ -743,6 +775,23 @@ def _deploy(options: argparse.Namespace) -> int:
     with console.progress_shown():
         for line in command.lines(deployment):
             console.line(line)
+    return DONE
+
+
+def _compile(options: argparse.Namespace) -> int:
+    from pipeline import config, console, outputs
+
+    suffixes = {"vertex": (".json",), "kubeflow": (".yaml", ".yml")}[options.target]
+    outputs.check("--out", options.out, f"pipeline{suffixes[0]}")
+    if Path(options.out).suffix not in suffixes:
+        raise UserError(f"--out {options.out}: --target {options.target} writes a file that ends in {suffixes[0]}")
+    settings = config.load(options.config, options.overrides)
+    console.quiet(options.verbose)
+    from pipeline.cloud import compiling
+
+    target = compiling.Target[options.target]
+    outputs.write(options.out, compiling.to_text(compiling.compile_pipeline(settings, target), target))
+    console.line(f"written: {options.out}")
     return DONE
 
 

@@ -25,7 +25,7 @@ from components.view_augmenter.executor import Job, check_space
 from pipeline import console, report
 from pipeline.beam import BEAM_ARGUMENTS
 from pipeline.config import Config, to_yaml
-from pipeline.create_pipeline import Places, create_pipeline, make_experiment
+from pipeline.create_pipeline import LocalRunner, Places, create_pipeline, make_experiment
 from trainer_module import progress
 from trainer_module.checkpoints import clear, make_folder, refuse_other_run
 from trainer_module.driver import RESULT_FILE
@@ -85,7 +85,7 @@ def _run(config: Config, images: str, home: Path, require_blessing: bool) -> int
     began = time.monotonic()
     runner = _Runner(finished)
     try:
-        runner.run(create_pipeline(config, images, places, connection, [*BEAM_ARGUMENTS]))
+        runner.run(create_pipeline(config, places, LocalRunner(images, connection, BEAM_ARGUMENTS)))
     except BaseException as error:
         _write(home / "result.json", report.failed(nodes, runner.current, error, time.monotonic() - began))
         raise

@@ -132,7 +132,7 @@ def test_help_and_refusals_import_nothing_heavy(arguments):
             [],
             [
                 "no command",
-                "demo, run, test, embed, search, weights, publish, serve, deploy, submit, bench, tpu-report",
+                "demo, run, test, embed, search, weights, publish, serve, deploy, compile, submit, bench, tpu-report",
             ],
         ),
         (["rnu"], ["'rnu'", "did you mean run?"]),

@@ -1,0 +1,118 @@
+"""The compiled pipelines: as they were when somebody looked, readable by Kubeflow's and Vertex's own loaders."""
+
+import difflib
+import json
+import re
+
+import pytest
+from essentials import CASES, GOLDEN, compiled, to_yaml
+from google.auth.credentials import AnonymousCredentials
+from google.cloud import aiplatform
+from google.protobuf import json_format
+from kfp import components
+from kfp.pipeline_spec import pipeline_spec_pb2
+from tfx.orchestration.kubeflow.v2.container import kubeflow_v2_entrypoint_utils as entrypoint
+
+from pipeline.cloud import compiling
+from pipeline.cloud.compiling import Target, compile_pipeline, to_text
+from pipeline.config import load
+from trainer_module.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def jobs():
+    return {name: compiled(name) for name in CASES}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_compiled_pipeline_is_the_one_that_was_looked_at(jobs, name):
+    golden, now = (GOLDEN / f"{name}.yaml").read_text(), to_yaml(jobs[name])
+    changes = difflib.unified_diff(golden.splitlines(), now.splitlines(), "golden", "now", lineterm="")
+    assert golden == now, "\n".join([*changes, "if this is meant: python tests/pipeline/cloud/essentials.py"])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_no_field_is_unknown_to_the_pipelines_own_protos(jobs, name):
+    job = json_format.ParseDict(jobs[name], pipeline_spec_pb2.PipelineJob())
+    spec = json_format.ParseDict(jobs[name]["pipelineSpec"], pipeline_spec_pb2.PipelineSpec())
+    deployment = json_format.ParseDict(
+        jobs[name]["pipelineSpec"]["deploymentSpec"], pipeline_spec_pb2.PipelineDeploymentConfig()
+    )
+    assert json_format.MessageToDict(job.pipeline_spec) == json_format.MessageToDict(
+        json_format.ParseDict(jobs[name]["pipelineSpec"], type(job.pipeline_spec)())
+    )
+    assert set(spec.components) == set(spec.root.dag.tasks)
+    assert {component.executor_label for component in spec.components.values()} == set(deployment.executors)
+
+
+def test_kubeflows_own_loader_reads_the_yaml(jobs):
+    pipeline = components.load_component_from_text(to_text(jobs["vertex_cpu"], Target.kubeflow))
+    assert pipeline.pipeline_spec.pipeline_info.name == "moco-vertex-cpu"
+    assert len(pipeline.pipeline_spec.root.dag.tasks) == 13
+    inputs = pipeline.component_spec.inputs
+    assert {name: one.type for name, one in inputs.items()} == {
+        "images": "String",
+        "span": "String",
+        "epochs": "Integer",
+    }
+    assert (inputs["epochs"].default, inputs["span"].default) == (200, "latest")
+
+
+def test_vertexs_own_client_reads_the_json_and_takes_a_runs_parameters(jobs, tmp_path):
+    path = tmp_path / "pipeline.json"
+    path.write_text(to_text(jobs["vertex_v5e_16"], Target.vertex))
+    run = aiplatform.PipelineJob(
+        display_name="run",
+        template_path=str(path),
+        parameter_values={"images": "gs://other/day-{SPAN}/*.tar", "span": "7", "epochs": 3},
+        project="my-project",
+        location="us-west4",
+        credentials=AnonymousCredentials(),
+    )
+    config = run._gca_resource.runtime_config
+    assert config.gcs_output_directory == "gs://my-bucket/moco"
+    assert dict(config.parameter_values) == {"images": "gs://other/day-{SPAN}/*.tar", "span": "7", "epochs": 3}
+
+
+def test_what_is_written_is_the_same_each_time_and_names_nothing_of_this_machine(jobs):
+    again = compiled("vertex_v5e_16")
+    text = to_text(again, Target.vertex)
+    assert text == to_text(jobs["vertex_v5e_16"], Target.vertex)
+    assert json.loads(text) == again
+    assert str(compiling.__file__).partition("/pipeline/")[0] not in text
+
+
+def test_every_artifact_type_can_be_imported_by_the_containers(jobs):
+    for component in jobs["vertex_v5e_16"]["pipelineSpec"]["components"].values():
+        for definitions in (component.get("inputDefinitions", {}), component.get("outputDefinitions", {})):
+            for artifact in definitions.get("artifacts", {}).values():
+                schema = json_format.ParseDict(artifact["artifactType"], pipeline_spec_pb2.ArtifactTypeSchema())
+                runtime = pipeline_spec_pb2.RuntimeArtifact(type=schema, uri="gs://b/a")
+                assert entrypoint._parse_raw_artifact(runtime, {}).uri == "gs://b/a"
+
+
+@pytest.mark.parametrize(
+    ("target", "overrides", "words"),
+    [
+        ("vertex", ["cloud.root=''"], ["cloud.root is empty", "e.g. cloud.root=gs://"]),
+        ("vertex", ["cloud.image=''"], ["cloud.image is empty"]),
+        ("vertex", ["cloud.tpu_image=''"], ["cloud.tpu_image is empty"]),
+        ("kubeflow", ["cloud.project=''"], ["cloud.project is empty", "--target kubeflow"]),
+        ("vertex", ["publish.to=serving"], ["publish.to=serving", "gs://"]),
+        ("vertex", ["train.checkpoints=here"], ["train.checkpoints=here"]),
+        ("vertex", ["evaluate.missing_baseline=skip"], ["missing_baseline=skip", "=refuse"]),
+    ],
+)
+def test_what_the_cloud_would_find_out_late_is_refused_here(target, overrides, words):
+    with pytest.raises(UserError) as caught:
+        compiling.check(load("vertex_v5e_8", overrides), Target[target])
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_vertex_fills_in_the_project_where_none_is_named():
+    job = compile_pipeline(load("vertex_cpu", ["cloud.project=''", "cloud.beam=worker"]), Target.vertex)
+    text = to_text(job, Target.vertex)
+    assert "--project={{$.pipeline_google_cloud_project_id}}" in text
+    assert re.search(r"FnApiRunner", text)
+    assert "DataflowRunner" not in text
