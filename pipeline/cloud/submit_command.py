@@ -52,6 +52,9 @@ def check(asked: Request) -> None:
         raise UserError(
             "--cancel NAME and --watch NAME ask for a run that is there; leave the options of a new one out"
         )
+    images = asked.submission.parameters.get("images", "gs://")
+    if not images.startswith("gs://"):
+        raise UserError(f"--images {images} is not where the stages run; e.g. --images gs://BUCKET/photos")
     if asked.submission.cron and asked.watch:
         raise UserError("--watch follows one run, and --cron begins many; leave one of them out")
     if asked.pipeline and not Path(asked.pipeline).is_file():

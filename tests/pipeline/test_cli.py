@@ -24,6 +24,7 @@ COMMANDS = [
     "publish",
     "serve",
     "deploy",
+    "compile",
     "submit",
     "bench",
     "tpu-report",
