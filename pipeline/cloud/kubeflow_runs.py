@@ -18,6 +18,7 @@ from urllib3.exceptions import HTTPError
 from pipeline.cloud.config import CloudConfig, KubeflowConfig
 from pipeline.cloud.submission import Submission, plain, run_name, typed
 from pipeline.cloud.watching import Look, Stage, State, follow
+from pipeline.cloud.wording import one_line
 from trainer_module.errors import UserError
 
 Say = Callable[[str], None]
@@ -32,8 +33,8 @@ _STATES: Mapping[str, State] = {
     "CANCELED": State.cancelled,
     "FAILED": State.failed,
 }
+_LONGEST = 2000  # characters of a stage's error
 _RUN_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
-_LONGEST = 400
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,19 +208,16 @@ def _errors_told(server: Server, what: str) -> Iterator[None]:
         raise UserError(f"{what}: {host} refuses it ({error.status}: {said}); {mend}") from error
     except (HTTPError, TimeoutError) as error:
         reason = getattr(error, "reason", None) or error
-        raise UserError(f"{what}: no answer from {host} ({_short(str(reason))}); check cloud.kubeflow.host") from error
+        raise UserError(
+            f"{what}: no answer from {host} ({one_line(str(reason))}); check cloud.kubeflow.host"
+        ) from error
 
 
 def _said(error: api.ApiException) -> str:
     with contextlib.suppress(ValueError, TypeError, KeyError):
         told = json.loads(error.body)
-        return _short(str(told.get("message") or told["error"]))
-    return _short(str(error.reason or error.body))
-
-
-def _short(text: str) -> str:
-    line = " ".join(text.split()).rstrip(".")
-    return line if len(line) <= _LONGEST else f"{line[: _LONGEST - 1]}…"
+        return one_line(str(told.get("message") or told["error"]))
+    return one_line(str(error.reason or error.body))
 
 
 def _experiment(client: Any, server: Server) -> str:
@@ -277,4 +275,4 @@ def _state(state: str | None) -> State:
 
 
 def _message(error: api.GooglerpcStatus | None) -> str:
-    return " ".join((error.message or "").split()) if error else ""
+    return one_line(error.message or "", _LONGEST) if error else ""

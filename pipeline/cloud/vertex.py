@@ -28,12 +28,12 @@ from google.auth.exceptions import GoogleAuthError
 from google.protobuf import json_format
 
 from components.pusher import credentials
+from pipeline.cloud.wording import one_line
 from trainer_module.errors import UserError
 
 _SCOPE = "https://www.googleapis.com/auth/cloud-platform"
 # What grpcio says where the token could not be had; another try will not mend it.
 _NO_TOKEN = "metadata from plugin"
-_LONGEST = 400
 
 Client = TypeVar("Client")
 
@@ -80,6 +80,11 @@ class Connection:
     def retry(self) -> Retry:
         """For requests that may be sent twice."""
         return Retry(is_passing, self.first_wait, 30.0, multiplier=2.0, timeout=self.patience)
+
+    @property
+    def again(self) -> dict[str, Any]:
+        """Arguments of a call that may be sent twice."""
+        return {"retry": self.retry, "timeout": self.timeout}
 
     @property
     def polling(self) -> Retry:
@@ -151,20 +156,15 @@ def _mend(error: BaseException, connection: Connection) -> str:
 
 
 def _login(said: str) -> str:
-    return f"the credentials are not accepted ({_short(said)}); log in with 'gcloud auth application-default login'"
+    return f"the credentials are not accepted ({one_line(said)}); log in with 'gcloud auth application-default login'"
 
 
 def words(error: BaseException) -> str:
     """What the service said, on one line."""
     if not isinstance(error, GoogleAPICallError):
-        return _short(str(error)) or type(error).__name__
+        return one_line(str(error)) or type(error).__name__
     code = error.grpc_status_code.name if error.grpc_status_code else str(int(error.code or 0))
-    return f"{code}: {_short(error.message)}"
-
-
-def _short(text: str) -> str:
-    line = " ".join(text.split()).rstrip(".")
-    return line if len(line) <= _LONGEST else f"{line[: _LONGEST - 1]}…"
+    return f"{code}: {one_line(error.message)}"
 
 
 def as_json(request: Any) -> str:

@@ -26,11 +26,13 @@ from pipeline.cloud.config import CloudConfig
 from pipeline.cloud.submission import Submission, plain, run_name, typed
 from pipeline.cloud.vertex import Connection
 from pipeline.cloud.watching import Look, Stage, State, follow
+from pipeline.cloud.wording import one_line
 from trainer_module.errors import UserError
 
 Say = Callable[[str], None]
 
 _CONTENT = "moco-content"  # a label: by it a request is told again whose answer was lost
+_LONGEST = 2000  # characters of a stage's error
 _CONSOLE = "https://console.cloud.google.com"
 _STATES: Mapping[str, State] = {
     "QUEUED": State.waiting,
@@ -131,9 +133,9 @@ def submit(job: Mapping[str, Any], asked: Submission, connection: Connection, sa
     name = request.pipeline_job_id
     with vertex.client(PipelineServiceClient, connection) as client, vertex.errors_told(connection, f"run {name}"):
         try:
-            client.create_pipeline_job(request, **_patience(connection))
+            client.create_pipeline_job(request, **connection.again)
         except AlreadyExists as error:
-            there = client.get_pipeline_job(name=_job_name(name, connection), **_patience(connection))
+            there = client.get_pipeline_job(name=_job_name(name, connection), **connection.again)
             if there.labels.get(_CONTENT) != request.pipeline_job.labels[_CONTENT]:
                 raise UserError(
                     f"run {name} is there already, with another content; choose another --name, or leave it out"
@@ -159,7 +161,7 @@ def schedule(job: Mapping[str, Any], asked: Submission, connection: Connection, 
     with vertex.client(ScheduleServiceClient, connection) as client, vertex.errors_told(connection, what):
         listed = client.list_schedules(
             types.ListSchedulesRequest(parent=connection.parent, filter=f'display_name="{wanted.display_name}"'),
-            **_patience(connection),
+            **connection.again,
         )
         made = next(iter(listed), None)
         if made is None:  # ids are given by the service, so a lost answer is not followed by a second request
@@ -189,7 +191,7 @@ def watch(name: str, connection: Connection, say: Say) -> State:
         stack.enter_context(vertex.errors_told(connection, f"run {name}"))
 
         def look() -> Look:
-            there = runs.get_pipeline_job(name=_job_name(name, connection), **_patience(connection))
+            there = runs.get_pipeline_job(name=_job_name(name, connection), **connection.again)
             return _look(name, there, jobs, connection)
 
         return follow(look, connection.poll, say)
@@ -211,10 +213,10 @@ def cancel(name: str, connection: Connection, say: Say) -> None:
         say(f"removed {name}")
         return
     with vertex.client(PipelineServiceClient, connection) as client, vertex.errors_told(connection, f"run {name}"):
-        state = _state(client.get_pipeline_job(name=_job_name(name, connection), **_patience(connection)).state)
+        state = _state(client.get_pipeline_job(name=_job_name(name, connection), **connection.again).state)
         if state.ends:
             raise UserError(f"run {name} has {state.value} already; there is nothing to cancel")
-        client.cancel_pipeline_job(name=_job_name(name, connection), **_patience(connection))
+        client.cancel_pipeline_job(name=_job_name(name, connection), **connection.again)
     say(f"run {name} is being cancelled")
 
 
@@ -231,10 +233,6 @@ def _check_given(job: Mapping[str, Any], definitions: Mapping[str, Any], values:
     for name, definition in definitions.items():
         if name not in given and not definition.get("isOptional"):
             raise UserError(f"the pipeline's parameter {name} has no value; e.g. --parameter {name}=VALUE")
-
-
-def _patience(connection: Connection) -> dict[str, Any]:
-    return {"retry": connection.retry, "timeout": connection.timeout}
 
 
 def _digest(resource: types.PipelineJob) -> str:
@@ -292,7 +290,7 @@ def _errors(detail: types.PipelineTaskDetail, jobs: JobServiceClient, connection
     if not job:
         return
     with contextlib.suppress(GoogleAPICallError):  # jobs are removed before runs; their log may still be there
-        of_job = _line(jobs.get_custom_job(name=job, **_patience(connection)).error.message)
+        of_job = _line(jobs.get_custom_job(name=job, **connection.again).error.message)
         if of_job and of_job != _line(detail.error.message):
             yield f"job {_last(job)}: {of_job}"
     query = quote(f'resource.labels.job_id="{_last(job)}"', safe="")
@@ -300,4 +298,4 @@ def _errors(detail: types.PipelineTaskDetail, jobs: JobServiceClient, connection
 
 
 def _line(text: str) -> str:
-    return " ".join(text.split())
+    return one_line(text, _LONGEST)

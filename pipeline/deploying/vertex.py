@@ -6,7 +6,6 @@ known before they are made.
 
 import dataclasses
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 from google.api_core.exceptions import AlreadyExists, NotFound
 from google.api_core.operation import Operation
@@ -159,11 +158,11 @@ class _Models:
                 upload = types.UploadModelRequest(upload, parent_model=self._name)
                 upload.model_id = ""
             _wait(self._client.upload_model(upload, timeout=self._connection.timeout), self._connection)
-            return self._client.get_model(name=f"{self._name}@{alias}", **_patience(self._connection))
+            return self._client.get_model(name=f"{self._name}@{alias}", **self._connection.again)
 
     def _get(self, name: str) -> types.Model | None:
         try:
-            return self._client.get_model(name=name, **_patience(self._connection))
+            return self._client.get_model(name=name, **self._connection.again)
         except NotFound:
             return None
 
@@ -184,7 +183,7 @@ class _Endpoints:
                 if self._config.endpoint_id.isdecimal():  # such ids are given by the service alone
                     raise
             try:
-                _wait(self._client.create_endpoint(create, **_patience(self._connection)), self._connection)
+                _wait(self._client.create_endpoint(create, **self._connection.again), self._connection)
             except AlreadyExists:
                 progress.note(f"{self._what} was made meanwhile")
             return self._get()
@@ -202,7 +201,7 @@ class _Endpoints:
                 self._client.update_endpoint(
                     endpoint=types.Endpoint(name=endpoint.name, traffic_split=split),
                     update_mask=field_mask_pb2.FieldMask(paths=["traffic_split"]),
-                    **_patience(self._connection),
+                    **self._connection.again,
                 )
         done = "deployed" if there is None else "is deployed already"
         return f"{done}, gets {split[there.id if there else _NEW]} % of the requests"
@@ -218,12 +217,7 @@ class _Endpoints:
                     yield f"taken off: {one.display_name or one.id}"
 
     def _get(self) -> types.Endpoint:
-        return self._client.get_endpoint(name=_endpoint(self._config, self._connection), **_patience(self._connection))
-
-
-def _patience(connection: Connection) -> dict[str, Any]:
-    """For requests that may be sent twice."""
-    return {"retry": connection.retry, "timeout": connection.timeout}
+        return self._client.get_endpoint(name=_endpoint(self._config, self._connection), **self._connection.again)
 
 
 def _wait(operation: Operation, connection: Connection) -> None:

@@ -182,10 +182,10 @@ def test_a_failing_stage_says_its_own_error_that_of_its_job_and_where_its_log_is
     state, said = followed(connection)
     assert state == "failed"
     assert said[0].split() == ["Trainer", "failed", "60.0", "s"]
-    assert said[1].strip() == "Job failed with code 9. See its log."
+    assert said[1].strip() == "Job failed with code 9. See its log"
     assert said[2].strip() == f"job 77: {why}"
     assert "resource.labels.job_id%3D%2277%22?project=my-project" in said[3]
-    assert said[4] == "run-1 failed: The failed tasks are: [Trainer]."
+    assert said[4] == "run-1 failed: The failed tasks are: [Trainer]"
 
 
 def test_a_failing_stage_whose_job_is_gone_says_what_there_is(service):
