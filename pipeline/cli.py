@@ -394,7 +394,8 @@ then, from another terminal:
 
 def _add_deploy(parser: argparse.ArgumentParser) -> None:
     from pipeline.deploying.command import TARGETS
-    from pipeline.deploying.config import FilesConfig, VertexConfig, option
+    from pipeline.deploying.config import FilesConfig, VertexConfig
+    from pipeline.serving.config import option
 
     parser.description = """\
 Brings a published encoder to those who serve it for many: writes what TensorFlow Serving needs by docker or under

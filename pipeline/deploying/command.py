@@ -5,7 +5,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline.deploying.config import FilesConfig, VertexConfig, option, validate
+from pipeline.deploying.config import FilesConfig, VertexConfig, validate
+from pipeline.serving.config import option
 from trainer_module.errors import UserError
 
 _BATCHES = ("max_batch", "max_wait_ms", "max_queue", "threads")

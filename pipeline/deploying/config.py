@@ -1,10 +1,10 @@
 """What can be set about a deployment, as frozen dataclasses, and what is refused."""
 
 import dataclasses
-import math
 import re
 
 from pipeline.cloud.labels import labelled
+from pipeline.serving.config import check_range
 from trainer_module.errors import UserError
 
 
@@ -92,11 +92,6 @@ _RANGES: dict[str, tuple[float, float]] = {
 }
 
 
-def option(field: str) -> str:
-    """A field as it is typed."""
-    return "--" + field.replace("_", "-")
-
-
 def validate(config: FilesConfig | VertexConfig) -> None:
     """Refuses values that cannot work.
 
@@ -105,7 +100,7 @@ def validate(config: FilesConfig | VertexConfig) -> None:
     """
     for field in dataclasses.fields(config):
         if field.name in _RANGES:
-            _check_range(field.name, getattr(config, field.name))
+            check_range(field.name, getattr(config, field.name), *_RANGES[field.name])
     if config.min_replicas > config.max_replicas:
         raise UserError(
             f"--min-replicas {config.min_replicas} is above --max-replicas {config.max_replicas}; e.g. --max-replicas "
@@ -117,13 +112,6 @@ def validate(config: FilesConfig | VertexConfig) -> None:
         raise UserError(f"--name {config.name!r} may have small letters, digits and '-' within; e.g. --name encoder")
     elif config.rest_port == config.grpc_port:
         raise UserError(f"--rest-port and --grpc-port are both {config.rest_port}; e.g. --grpc-port 8500")
-
-
-def _check_range(field: str, value: float) -> None:
-    low, high = _RANGES[field]
-    if not (math.isfinite(value) and low <= value <= high):
-        nearest = low if not value > low else high
-        raise UserError(f"{option(field)} {value:g} must lie in {low:g} to {high:g}; e.g. {option(field)} {nearest:g}")
 
 
 def _check_vertex(config: VertexConfig) -> None:
