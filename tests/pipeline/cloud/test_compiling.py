@@ -13,8 +13,10 @@ from kfp import components
 from kfp.pipeline_spec import pipeline_spec_pb2
 from tfx.orchestration.kubeflow.v2.container import kubeflow_v2_entrypoint_utils as entrypoint
 
-from pipeline.cloud import compiling
+from pipeline.cloud import compiling, kubeflow_runs, vertex_runs
 from pipeline.cloud.compiling import Target, compile_pipeline, to_text
+from pipeline.cloud.submission import submission
+from pipeline.cloud.vertex import Connection
 from pipeline.config import load
 from trainer_module.errors import UserError
 
@@ -72,6 +74,19 @@ def test_vertexs_own_client_reads_the_json_and_takes_a_runs_parameters(jobs, tmp
     config = run._gca_resource.runtime_config
     assert config.gcs_output_directory == "gs://my-bucket/moco"
     assert dict(config.parameter_values) == {"images": "gs://other/day-{SPAN}/*.tar", "span": "7", "epochs": 3}
+
+
+def test_what_is_compiled_is_what_submit_sends(jobs):
+    asked = submission(name="photos-7", parameters=["images=gs://other/day-{SPAN}/*.tar", "span=7", "epochs=3"])
+    vertex = vertex_runs.run_request(jobs["vertex_v5e_16"], asked, Connection("my-project", "us-west4")).pipeline_job
+    spec = json_format.MessageToDict(type(vertex).pb(vertex).pipeline_spec)
+    assert spec == jobs["vertex_v5e_16"]["pipelineSpec"]
+    wanted = {"images": "gs://other/day-{SPAN}/*.tar", "span": "7", "epochs": 3}
+    assert dict(vertex.runtime_config.parameter_values) == wanted
+    assert jobs["vertex_v5e_16"]["labels"].items() <= dict(vertex.labels).items()
+    kubeflow = kubeflow_runs.request(jobs["vertex_cpu"], asked, "experiment")
+    assert kubeflow.pipeline_spec == jobs["vertex_cpu"]["pipelineSpec"]
+    assert kubeflow.runtime_config.parameters == wanted
 
 
 def test_what_is_written_is_the_same_each_time_and_names_nothing_of_this_machine(jobs):
