@@ -59,10 +59,7 @@ class LocalService:
         component = self._spec["components"][task["componentRef"]["name"]]
         executor = self._spec["deploymentSpec"]["executors"][component["executorLabel"]]
         inputs = {
-            key: self.artifacts[one["taskOutputArtifact"]["producerTask"]][
-                one["taskOutputArtifact"]["outputArtifactKey"]
-            ]
-            for key, one in task.get("inputs", {}).get("artifacts", {}).items()
+            key: self.artifacts[one["producerTask"]][one["outputArtifactKey"]] for key, one in _sources(task).items()
         }
         if "resolver" in executor:
             self.artifacts[name] = self._resolve(executor["resolver"], inputs)
@@ -96,8 +93,7 @@ class LocalService:
 
     @staticmethod
     def _needs(task: dict[str, Any]) -> set[str]:
-        producers = task.get("inputs", {}).get("artifacts", {}).values()
-        return {*task.get("dependentTasks", []), *(one["taskOutputArtifact"]["producerTask"] for one in producers)}
+        return {*task.get("dependentTasks", []), *(one["producerTask"] for one in _sources(task).values())}
 
     def _parameters(self, task: dict[str, Any]) -> dict[str, Any]:
         root = self._spec["root"]["inputDefinitions"]["parameters"]
@@ -146,6 +142,10 @@ class LocalService:
             (artifact,) = told["outputs"]["artifacts"][key]["artifacts"]
             (update,) = one["artifacts"]
             artifact |= {field: update[field] for field in ("uri", "metadata") if field in update}
+
+
+def _sources(task: dict[str, Any]) -> dict[str, dict[str, str]]:
+    return {key: one["taskOutputArtifact"] for key, one in task.get("inputs", {}).get("artifacts", {}).items()}
 
 
 def execute(command: Sequence[str], environment: Mapping[str, str], log: Path) -> None:
