@@ -631,16 +631,17 @@ def _serve(options: argparse.Namespace) -> int:
 
 def _compile(options: argparse.Namespace) -> int:
     from pipeline import config, console, outputs
+    from pipeline.cloud.targets import Target, check
 
-    suffixes = {"vertex": (".json",), "kubeflow": (".yaml", ".yml")}[options.target]
-    outputs.check("--out", options.out, f"pipeline{suffixes[0]}")
-    if Path(options.out).suffix not in suffixes:
-        raise UserError(f"--out {options.out}: --target {options.target} writes a file that ends in {suffixes[0]}")
+    target = Target[options.target]
+    outputs.check("--out", options.out, f"pipeline{target.suffixes[0]}")
+    if Path(options.out).suffix not in target.suffixes:
+        raise UserError(f"--out {options.out}: --target {target.value} writes a file that ends in {target.suffixes[0]}")
     settings = config.load(options.config, options.overrides)
+    check(settings, target)
     console.quiet(options.verbose)
     from pipeline.cloud import compiling
 
-    target = compiling.Target[options.target]
     outputs.write(options.out, compiling.to_text(compiling.compile_pipeline(settings, target), target))
     console.line(f"written: {options.out}")
     return DONE

@@ -14,7 +14,7 @@ from pipeline import bench, cli
 from trainer_module.errors import UserError
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = ["demo", "run", "test", "embed", "search", "weights", "publish", "serve", "bench", "tpu-report"]
+COMMANDS = ["demo", "run", "test", "embed", "search", "weights", "publish", "serve", "compile", "bench", "tpu-report"]
 HEAVY = ("jax", "tensorflow", "tfx", "apache_beam", "pandas", "keras", "ml_metadata", "pyarrow")
 
 
@@ -82,6 +82,10 @@ def test_the_help_of_bench_lists_the_benchmarks_that_there_are(capsys):
         ["publish", "--to", "gs://no such", "--list"],
         ["serve", "--help"],
         ["serve", "--model", "x", "--max-batch", "0"],
+        ["compile", "--help"],
+        ["compile", "--target", "vertex", "--config", "vertex_v5e_8", "--out", "x.yaml"],
+        ["compile", "--target", "vertex", "--config", "moco_v2", "--out", "x.json"],
+        ["compile", "--target", "airflow", "--config", "moco_v2", "--out", "x.json"],
         ["bench", "--help"],
         ["tpu-report", "--help"],
         ["tpu-report", "--topology", "v5e:3x5"],

@@ -6,11 +6,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from google.cloud.aiplatform_v1.types import CustomJob
 from job_service import JobService, served
 from local_service import RUN_EXECUTOR, LocalService, execute, preload
 
-from pipeline.cloud.compiling import Target, compile_pipeline, to_text
+from pipeline.cloud.compiling import compile_pipeline, to_text
+from pipeline.cloud.targets import Target
 from pipeline.config import load
 
 BUCKET = "gs://bucket"
@@ -59,6 +61,12 @@ class Run:
         return json.loads(Path(self.artifact(task, key)["uri"], path).read_text())
 
 
+def compiled_for(target: Target, bucket: Path) -> dict:
+    """As written to the file, read back; a mounted bucket is a folder."""
+    text = to_text(compile_pipeline(load("demo", SETTINGS), target), target).replace(BUCKET, str(bucket))
+    return json.loads(text) if target is Target.vertex else {"pipelineSpec": yaml.safe_load(text)}
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, sample_images) -> Run:
     """A run with the images of the second of two spans, and two epochs in place of forty."""
@@ -69,8 +77,6 @@ def run(tmp_path_factory, sample_images) -> Run:
             folder.mkdir(parents=True)
             for index, data in enumerate(sample_images[label][:count]):
                 (folder / f"{index}.png").write_bytes(data)
-    text = to_text(compile_pipeline(load("demo", SETTINGS), Target.vertex), Target.vertex)
-    job = json.loads(text.replace(BUCKET, str(bucket)))  # as a mounted bucket is a folder
     preload(IMPORTED_ONCE)
     environment = {
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
@@ -86,7 +92,7 @@ def run(tmp_path_factory, sample_images) -> Run:
     jobs = JobService(train)
     with served(jobs, HOST, tmp_path_factory.mktemp("keys")) as reaching:
         service = LocalService(
-            job,
+            compiled_for(Target.vertex, bucket),
             {"images": f"{bucket}/photos/day-{{SPAN}}/*", "epochs": 2},
             bucket / "runs",
             {**environment, **reaching},
@@ -134,3 +140,23 @@ def test_a_model_that_the_resolver_finds_again_is_not_compared_with_itself(run):
     run.service.run_task("Evaluator")
     assert run.artifact("Evaluator", "blessing")["metadata"]["blessed"] == 1
     assert "baseline_model_id" not in run.artifact("Evaluator", "blessing")["metadata"]
+
+
+def test_on_kubeflow_images_and_baseline_are_found_without_driver_and_resolver(run):
+    parameters = {**run.service.parameters, "span": "1"}
+    kubeflow = LocalService(
+        compiled_for(Target.kubeflow, run.bucket), parameters, run.bucket / "kubeflow", run.service.environment
+    )
+    kubeflow.run_task("ImageExampleGen")
+    said = kubeflow.artifacts["ImageExampleGen"]["examples"][0]["metadata"]
+    assert (said["span"], said["read"]) == (1, 9)
+    assert said["input_fingerprint"] != run.artifact("ImageExampleGen", "examples")["metadata"]["input_fingerprint"]
+    kubeflow.artifacts |= run.service.artifacts
+    for task in ("BlessedModels", "BaselineResolver"):
+        kubeflow.run_task(task)
+    (resolved,) = kubeflow.artifacts["BaselineResolver"]["model"]
+    assert resolved["metadata"]["none"] == 1
+    kubeflow.artifacts["Trainer"] = {"model": [{**run.artifact("Trainer", "model"), "uri": "another"}]}
+    kubeflow.run_task("BaselineResolver")
+    (resolved,) = kubeflow.artifacts["BaselineResolver"]["model"]
+    assert resolved["uri"] == run.artifact("Trainer", "model")["uri"]
