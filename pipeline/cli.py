@@ -494,8 +494,6 @@ configs/vertex_*.yaml are examples to copy: put your own project, bucket and ima
 
 
 def _add_submit(parser: argparse.ArgumentParser) -> None:
-    from pipeline.cloud.submit_command import TARGETS
-
     parser.description = """\
 Runs the pipeline on Vertex AI Pipelines or Kubeflow Pipelines, once or by a schedule, follows runs and cancels them.
 Where it runs is in the configuration, below 'cloud'; configs/vertex_*.yaml are examples. Vertex AI is reached with
@@ -509,7 +507,7 @@ examples:
   ./moco submit --target kubeflow --config mine.yaml --set cloud.kubeflow.host=http://localhost:8080 --watch
 
 With --name, typed again it begins nothing twice on Vertex AI. Code 1: the run that was watched did not succeed."""
-    parser.add_argument("--target", required=True, action=_Once, choices=TARGETS, help="who runs it")
+    parser.add_argument("--target", required=True, action=_Once, choices=("vertex", "kubeflow"), help="who runs it")
     parser.add_argument(
         "--config",
         default="moco_v2",
@@ -781,16 +779,17 @@ def _deploy(options: argparse.Namespace) -> int:
 
 def _compile(options: argparse.Namespace) -> int:
     from pipeline import config, console, outputs
+    from pipeline.cloud.targets import Target, check
 
-    suffixes = {"vertex": (".json",), "kubeflow": (".yaml", ".yml")}[options.target]
-    outputs.check("--out", options.out, f"pipeline{suffixes[0]}")
-    if Path(options.out).suffix not in suffixes:
-        raise UserError(f"--out {options.out}: --target {options.target} writes a file that ends in {suffixes[0]}")
+    target = Target[options.target]
+    outputs.check("--out", options.out, f"pipeline{target.suffixes[0]}")
+    if Path(options.out).suffix not in target.suffixes:
+        raise UserError(f"--out {options.out}: --target {target.value} writes a file that ends in {target.suffixes[0]}")
     settings = config.load(options.config, options.overrides)
+    check(settings, target)
     console.quiet(options.verbose)
     from pipeline.cloud import compiling
 
-    target = compiling.Target[options.target]
     outputs.write(options.out, compiling.to_text(compiling.compile_pipeline(settings, target), target))
     console.line(f"written: {options.out}")
     return DONE
@@ -800,6 +799,7 @@ def _submit(options: argparse.Namespace) -> int:
     from pipeline import config, console
     from pipeline.cloud import submit_command
     from pipeline.cloud.submission import submission
+    from pipeline.cloud.targets import Target
 
     settings = config.load(options.config, options.overrides)
     there = options.cancel or options.watch or ""
@@ -814,7 +814,7 @@ def _submit(options: argparse.Namespace) -> int:
         cron=options.cron,
     )
     asked = submit_command.Request(
-        options.target,
+        Target[options.target],
         settings,
         given,
         pipeline=os.path.expanduser(options.pipeline),

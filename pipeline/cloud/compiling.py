@@ -5,7 +5,6 @@ driver of ImageExampleGen, the machines, defaults of the parameters, and which s
 """
 
 import dataclasses
-import enum
 import json
 import posixpath
 import re
@@ -20,26 +19,18 @@ from tfx.orchestration.data_types import RuntimeParameter
 from tfx.orchestration.kubeflow.v2 import kubeflow_v2_dag_runner
 from tfx.types import Channel, standard_artifacts
 
-from components.evaluator.config import MissingBaseline
 from components.evaluator.record import BlessedModels, LatestOtherBlessedModel
 from components.image_example_gen import vertex_driver
 from components.image_example_gen.driver import LATEST
 from components.vertex_trainer.component import VertexTrainer
 from pipeline.cloud import jobs
 from pipeline.cloud.machines import machines
+from pipeline.cloud.targets import Target, check
 from pipeline.config import Config
 from pipeline.create_pipeline import Places, Runner, create_pipeline
-from trainer_module.errors import UserError
 from trainer_module.run_fn import Experiment
 
 Spec = dict[str, Any]
-
-
-class Target(enum.Enum):
-    """For whom a pipeline is compiled."""
-
-    vertex = "vertex"  # a PipelineJob as JSON
-    kubeflow = "kubeflow"  # a PipelineSpec as YAML
 
 
 def compile_pipeline(config: Config, target: Target) -> Spec:
@@ -73,36 +64,6 @@ def to_text(job: Spec, target: Target) -> str:
     if target is Target.vertex:
         return json.dumps(job, indent=2, sort_keys=True) + "\n"
     return yaml.safe_dump(job["pipelineSpec"], sort_keys=True)
-
-
-def check(config: Config, target: Target) -> None:
-    """Refuses what a pipeline would only find out in the cloud.
-
-    Raises:
-        UserError: the first of it.
-    """
-    cloud = config.cloud
-    needed = {"cloud.root": (cloud.root, "gs://BUCKET/moco"), "cloud.image": (cloud.image, "REGION-docker.pkg.dev/…")}
-    if machines(cloud.trainer).tpu:
-        needed["cloud.tpu_image"] = (cloud.tpu_image, "REGION-docker.pkg.dev/…")
-    if target is Target.kubeflow:  # Vertex knows in which project it runs
-        needed["cloud.project"] = (cloud.project, "my-project")
-    for key, (value, example) in needed.items():
-        if not value:
-            raise UserError(f"{key} is empty, and --target {target.value} needs it; e.g. {key}={example}")
-    places = {
-        "publish.to": config.publish.to,
-        "train.checkpoints": config.train.checkpoints,
-        "encoder.weights": config.encoder.weights,
-    }
-    for key, place in places.items():
-        if place and not place.startswith("gs://"):
-            raise UserError(f"{key}={place} is on this machine, where no stage of --target {target.value} runs; gs://…")
-    if target is Target.vertex and config.evaluate.missing_baseline is MissingBaseline.skip:
-        raise UserError(
-            "evaluate.missing_baseline=skip: Vertex AI resolves the latest blessed model by itself and looks at no "
-            "files; e.g. evaluate.missing_baseline=refuse"
-        )
 
 
 class _CloudRunner(Runner):

@@ -7,13 +7,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from pipeline.cloud import targets
 from pipeline.cloud.place import check_place
 from pipeline.cloud.submission import Submission
+from pipeline.cloud.targets import Target
 from pipeline.cloud.watching import State
 from pipeline.config import Config
 from trainer_module.errors import UserError
 
-TARGETS = ("vertex", "kubeflow")
 Say = Callable[[str], None]
 
 
@@ -22,7 +23,7 @@ class Request:
     """What is asked for.
 
     Attributes:
-        target: one of `TARGETS`.
+        target: who runs it.
         config: of the experiment and of the places where it runs.
         submission: of this run.
         pipeline: file that `./moco compile` wrote; empty to compile anew.
@@ -32,7 +33,7 @@ class Request:
         cancel: whether it is to be cancelled.
     """
 
-    target: str
+    target: Target
     config: Config
     submission: Submission
     pipeline: str = ""
@@ -59,7 +60,13 @@ def check(asked: Request) -> None:
         raise UserError("--watch follows one run, and --cron begins many; leave one of them out")
     if asked.pipeline and not Path(asked.pipeline).is_file():
         raise UserError(f"--pipeline {asked.pipeline}: there is no such file; write it with ./moco compile")
-    if asked.target == "vertex":
+    _check_place(asked)
+    if not asked.name and not asked.pipeline:
+        targets.check(asked.config, asked.target)
+
+
+def _check_place(asked: Request) -> None:
+    if asked.target is Target.vertex:
         check_place(asked.config.cloud.project, asked.config.cloud.region, "cloud.", "=")
         return
     host = asked.config.cloud.kubeflow.host
@@ -99,9 +106,9 @@ def run(asked: Request, say: Say, service: Any = None) -> bool:
     return not asked.watch or runs.watch(name, service, say) is State.succeeded
 
 
-def _runs(target: str) -> Any:
+def _runs(target: Target) -> Any:
     """The module that knows how."""
-    if target == "vertex":
+    if target is Target.vertex:
         from pipeline.cloud import vertex_runs
 
         return vertex_runs
@@ -114,9 +121,9 @@ def _compiled(asked: Request) -> Mapping[str, Any]:
     """A PipelineJob in JSON's types."""
     if asked.pipeline:
         return read_pipeline(asked.pipeline)
-    from pipeline.cloud.compiling import Target, compile_pipeline
+    from pipeline.cloud.compiling import compile_pipeline
 
-    return compile_pipeline(asked.config, Target(asked.target))
+    return compile_pipeline(asked.config, asked.target)
 
 
 def read_pipeline(path: str) -> Mapping[str, Any]:

@@ -85,7 +85,8 @@ def to_yaml(job: dict[str, Any]) -> str:
 
 def compiled(name: str) -> dict[str, Any]:
     """One of the cases, compiled."""
-    from pipeline.cloud.compiling import Target, compile_pipeline
+    from pipeline.cloud.compiling import compile_pipeline
+    from pipeline.cloud.targets import Target
     from pipeline.config import load
 
     return compile_pipeline(load(name), Target[CASES[name]])

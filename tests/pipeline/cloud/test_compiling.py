@@ -14,11 +14,11 @@ from kfp.pipeline_spec import pipeline_spec_pb2
 from tfx.orchestration.kubeflow.v2.container import kubeflow_v2_entrypoint_utils as entrypoint
 
 from pipeline.cloud import compiling, kubeflow_runs, vertex_runs
-from pipeline.cloud.compiling import Target, compile_pipeline, to_text
+from pipeline.cloud.compiling import compile_pipeline, to_text
 from pipeline.cloud.submission import submission
+from pipeline.cloud.targets import Target
 from pipeline.cloud.vertex import Connection
 from pipeline.config import load
-from trainer_module.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -104,25 +104,6 @@ def test_every_artifact_type_can_be_imported_by_the_containers(jobs):
                 schema = json_format.ParseDict(artifact["artifactType"], pipeline_spec_pb2.ArtifactTypeSchema())
                 runtime = pipeline_spec_pb2.RuntimeArtifact(type=schema, uri="gs://b/a")
                 assert entrypoint._parse_raw_artifact(runtime, {}).uri == "gs://b/a"
-
-
-@pytest.mark.parametrize(
-    ("target", "overrides", "words"),
-    [
-        ("vertex", ["cloud.root=''"], ["cloud.root is empty", "e.g. cloud.root=gs://"]),
-        ("vertex", ["cloud.image=''"], ["cloud.image is empty"]),
-        ("vertex", ["cloud.tpu_image=''"], ["cloud.tpu_image is empty"]),
-        ("kubeflow", ["cloud.project=''"], ["cloud.project is empty", "--target kubeflow"]),
-        ("vertex", ["publish.to=serving"], ["publish.to=serving", "gs://"]),
-        ("vertex", ["train.checkpoints=here"], ["train.checkpoints=here"]),
-        ("vertex", ["evaluate.missing_baseline=skip"], ["missing_baseline=skip", "=refuse"]),
-    ],
-)
-def test_what_the_cloud_would_find_out_late_is_refused_here(target, overrides, words):
-    with pytest.raises(UserError) as caught:
-        compiling.check(load("vertex_v5e_8", overrides), Target[target])
-    for word in words:
-        assert word in str(caught.value)
 
 
 def test_vertex_fills_in_the_project_where_none_is_named():

@@ -54,6 +54,7 @@ def test_a_dry_run_for_kubeflow_takes_the_file_that_was_compiled_for_it(capsys, 
     [
         (["submit", "--target", "vertex"], ["cloud.project is missing", "cloud.project=my-project-1"]),
         ([*VERTEX, "--set", "cloud.region=Belgium"], ["cloud.region", "Belgium", "europe-west4"]),
+        (VERTEX, ["cloud.root is empty", "--target vertex"]),
         (["submit", "--target", "kubeflow"], ["cloud.kubeflow.host is empty", "http://localhost:8080"]),
         (["submit", "--target", "kubeflow", "--set", "cloud.kubeflow.host=localhost"], ["must begin with http://"]),
         (["submit", "--target", "airflow"], ["--target", "airflow", "kubeflow"]),

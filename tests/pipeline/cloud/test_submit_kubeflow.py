@@ -13,6 +13,7 @@ from pipeline.cloud import kubeflow_runs, submit_command
 from pipeline.cloud.config import CloudConfig, KubeflowConfig
 from pipeline.cloud.kubeflow_runs import Server
 from pipeline.cloud.submission import submission
+from pipeline.cloud.targets import Target
 from pipeline.config import Config
 from trainer_module.errors import UserError
 
@@ -112,7 +113,7 @@ def test_a_run_is_cancelled_by_its_name_and_its_end_awaited(service):
     kubeflow, server = service
     run = submit(server)
     said: list[str] = []
-    request = submit_command.Request("kubeflow", Config(), submission(), name="run-1", cancel=True, watch=True)
+    request = submit_command.Request(Target.kubeflow, Config(), submission(), name="run-1", cancel=True, watch=True)
     assert submit_command.run(request, said.append, server)
     assert kubeflow.sent("POST", f"runs/{run}:terminate") == [None]
     assert said == ["run run-1 is being cancelled", "run-1 cancelling", "run-1 cancelled"]
@@ -188,5 +189,5 @@ def test_the_commands_server_is_the_one_that_the_configuration_names(service, tm
     path.write_text(json.dumps(compiled()["pipelineSpec"]))
     cloud = CloudConfig(kubeflow=KubeflowConfig(host=server.config.host, experiment="nights"))
     asked = submission(parameters=["images=gs://b"])
-    assert submit_command.run(submit_command.Request("kubeflow", Config(cloud=cloud), asked, str(path)), print)
+    assert submit_command.run(submit_command.Request(Target.kubeflow, Config(cloud=cloud), asked, str(path)), print)
     assert [one["display_name"] for one in kubeflow.experiments.values()] == ["nights"]

@@ -19,6 +19,7 @@ from vertex_server import Fault, VertexServer
 from pipeline.cloud import submit_command, vertex, vertex_runs
 from pipeline.cloud.config import CloudConfig
 from pipeline.cloud.submission import submission
+from pipeline.cloud.targets import Target
 from pipeline.cloud.vertex import Connection
 from pipeline.config import Config
 from trainer_module.errors import UserError
@@ -98,7 +99,7 @@ def test_account_network_and_caching_are_those_that_were_asked(service, pipeline
     server, connection = service
     cloud = CloudConfig(service_account="me@my-project.iam.gserviceaccount.com", network="projects/1/global/networks/n")
     asked = submission(parameters=["images=gs://b"], cached=False)
-    request = submit_command.Request("vertex", Config(cloud=cloud), asked, pipeline=pipeline)
+    request = submit_command.Request(Target.vertex, Config(cloud=cloud), asked, pipeline=pipeline)
     assert submit_command.run(request, [].append, connection)
     [sent] = server.sent("CreatePipelineJob")
     assert sent.pipeline_job.service_account == cloud.service_account
@@ -214,7 +215,7 @@ def test_watching_goes_on_while_the_service_gives_no_answer(service):
 def test_the_command_fails_where_the_run_that_it_watches_does(service, pipeline, end, well):
     server, connection = service
     server.stages = [stage(RUN[f"PIPELINE_STATE_{end}"])]
-    request = submit_command.Request("vertex", Config(), ASKED, pipeline=pipeline, watch=True)
+    request = submit_command.Request(Target.vertex, Config(), ASKED, pipeline=pipeline, watch=True)
     assert submit_command.run(request, [].append, connection) is well
 
 
@@ -225,7 +226,7 @@ def test_a_run_is_cancelled_and_its_end_awaited(service):
     server, connection = service
     submit(connection)
     said: list[str] = []
-    request = submit_command.Request("vertex", Config(), submission(), name="run-1", cancel=True, watch=True)
+    request = submit_command.Request(Target.vertex, Config(), submission(), name="run-1", cancel=True, watch=True)
     assert submit_command.run(request, said.append, connection)
     assert [sent.name for sent in server.sent("CancelPipelineJob")] == [f"{PARENT}/pipelineJobs/run-1"]
     assert said == ["run run-1 is being cancelled", "run-1 cancelling", "run-1 cancelled"]
