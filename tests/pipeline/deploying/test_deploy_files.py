@@ -6,18 +6,23 @@ import itertools
 import json
 import os
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
+import faulty_storage
 import jsonschema
 import pytest
 import yaml
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format, wrappers_pb2
 from tensorflow_serving.config import model_server_config_pb2
 
+from components.pusher import publish
 from pipeline import cli
-from pipeline.deploying import docker, kserve, tf_serving
-from pipeline.deploying.config import FilesConfig
+from pipeline.cloud.vertex import Connection
+from pipeline.deploying import docker, kserve, tf_serving, vertex
+from pipeline.deploying.config import FilesConfig, VertexConfig
 from pipeline.deploying.located import Located, locate
+from trainer_module.errors import UserError
 
 # Of tensorflow_model_server 2.16.1, see tensorflow_serving/model_servers/main.cc.
 FLAGS = {
@@ -179,6 +184,31 @@ def test_later_versions_are_followed_unless_one_was_named_or_gone_back_to(pushed
 
 def test_a_version_in_a_bucket_that_is_named_is_taken_without_asking():
     assert locate("gs://bucket/a/b/17/") == Located("gs://bucket/a/b", "17", followed=False)
+
+
+@pytest.fixture
+def two_versions(tmp_path: Path, monkeypatch) -> Iterator[list[str]]:
+    """Their numbers, in gs://models/encoder."""
+    with faulty_storage.storage() as storage, faulty_storage.proxy(storage) as proxy:
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", faulty_storage.url(proxy))
+        at, numbers = publish.place("gs://models/encoder"), []
+        for word in ("one", "two"):
+            for name in ("saved_model.pb", "variables/variables.index"):
+                (tmp_path / word / name).parent.mkdir(parents=True, exist_ok=True)
+                (tmp_path / word / name).write_text(word)
+            numbers.append(publish.publish(str(tmp_path / word), at).rpartition("/")[2])
+        yield numbers
+
+
+def test_in_a_bucket_the_version_in_service_is_taken_and_not_the_highest(two_versions):
+    first, second = two_versions
+    assert locate("gs://models/encoder") == Located("gs://models/encoder", second, followed=True)
+    publish.rollback(publish.place("gs://models/encoder"), first)
+    gone_back = locate("gs://models/encoder")
+    assert gone_back == Located("gs://models/encoder", first, followed=False)
+    own = VertexConfig(image="r-docker.pkg.dev/p/serving/tensorflow:1")
+    with pytest.raises(UserError, match=f"the highest version of gs://models/encoder is served, which is {second}"):
+        list(vertex.deploy(own, gone_back, Connection("my-project", "europe-west4", "127.0.0.1:1")))
 
 
 # KServe.
