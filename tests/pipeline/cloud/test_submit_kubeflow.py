@@ -1,6 +1,9 @@
 """Runs on Kubeflow by kfp's own client: what is sent, what is said while they go on, how they fail, and refusals."""
 
 import json
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -191,3 +194,28 @@ def test_the_commands_server_is_the_one_that_the_configuration_names(service, tm
     asked = submission(parameters=["images=gs://b"])
     assert submit_command.run(submit_command.Request(Target.kubeflow, Config(cloud=cloud), asked, str(path)), print)
     assert [one["display_name"] for one in kubeflow.experiments.values()] == ["nights"]
+
+
+def test_ctrl_c_ends_the_watching_and_not_the_run(service, tmp_path: Path):
+    kubeflow, server = service
+    path = tmp_path / "pipeline.yaml"
+    path.write_text(json.dumps(compiled()["pipelineSpec"]))
+    kubeflow.stages = [stage("RUNNING")]
+    host = f"cloud.kubeflow.host={server.config.host}"
+    command = [sys.executable, "-m", "pipeline", "submit", "--target", "kubeflow", "--pipeline", str(path), "--watch"]
+    process = subprocess.Popen(
+        [*command, "--images", "gs://b", "--name", "run-1", "--set", host],
+        cwd=Path(__file__).parents[3],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    said = [process.stdout.readline() for _ in range(3)]
+    assert said[2] == "run-1 running\n"
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=60)[1] == (
+        "moco: interrupted; what was begun on Google Cloud or Kubeflow goes on there\n"
+    )
+    assert process.returncode == 130
+    assert [path for method, path, _ in kubeflow.calls if method == "POST"][-1] == "runs"
