@@ -71,13 +71,12 @@ def request(job: Mapping[str, Any], asked: Submission, experiment: str) -> api.V
         for task in spec["root"]["dag"]["tasks"].values():
             task["cachingOptions"] = {}
     pipeline = spec["pipelineInfo"]["name"]
-    definitions = spec["root"].get("inputDefinitions", {}).get("parameters", {})
     labels = {**job.get("labels", {}), **asked.labels}
     common = {
         "experiment_id": experiment,
         "description": ", ".join(f"{key}={value}" for key, value in sorted(labels.items())),
         "pipeline_spec": spec,
-        "runtime_config": api.V2beta1RuntimeConfig(parameters=typed(asked.parameters, definitions)),
+        "runtime_config": api.V2beta1RuntimeConfig(parameters=typed(asked.parameters, job)),
     }
     if not asked.cron:
         name = run_name(asked.name, pipeline, datetime.datetime.now(datetime.timezone.utc))

@@ -87,16 +87,22 @@ def plain(text: str) -> str:
     return dashed if dashed[:1].isalpha() else f"run-{dashed}".rstrip("-")
 
 
-def typed(parameters: Mapping[str, str], definitions: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+def typed(parameters: Mapping[str, str], job: Mapping[str, Any]) -> dict[str, Any]:
     """Values of the types that a pipeline declares.
 
     Args:
         parameters: as typed.
-        definitions: of the pipeline, by name: what its specification has in root.inputDefinitions.parameters.
+        job: the compiled pipeline, a PipelineJob in JSON's types.
 
     Raises:
-        UserError: there is no such parameter, or the value is of another type.
+        UserError: there is no such parameter, the value is of another type, or one that must have a value has none.
     """
+    definitions = job["pipelineSpec"]["root"].get("inputDefinitions", {}).get("parameters", {})
+    compiled = job.get("runtimeConfig", {})
+    given = {*parameters, *compiled.get("parameterValues", {}), *compiled.get("parameters", {})}
+    for name, definition in definitions.items():
+        if name not in given and not definition.get("isOptional"):
+            raise UserError(f"the pipeline's parameter {name} has no value; e.g. --parameter {name}=VALUE")
     for name in parameters:
         if name not in definitions:
             known = ", ".join(sorted(definitions)) or "it has none"

@@ -66,9 +66,7 @@ def run_request(job: Mapping[str, Any], asked: Submission, connection: Connectio
         UserError: a parameter is unknown or wrong, or one that has no default is missing.
     """
     pipeline = job["pipelineSpec"]["pipelineInfo"]["name"]
-    definitions = job["pipelineSpec"]["root"].get("inputDefinitions", {}).get("parameters", {})
-    values = typed(asked.parameters, definitions)
-    _check_given(job, definitions, values)
+    values = typed(asked.parameters, job)
     if not (job["pipelineSpec"].get("defaultPipelineRoot") or job["runtimeConfig"].get("gcsOutputDirectory")):
         raise UserError("the pipeline has no root, the gs:// folder of what it makes; compile it with cloud.root")
     name = run_name(asked.name, pipeline, datetime.datetime.now(datetime.timezone.utc))
@@ -225,14 +223,6 @@ def _remove_schedule(name: str, connection: Connection) -> None:
     with vertex.client(ScheduleServiceClient, connection) as client, vertex.errors_told(connection, name):
         removal = client.delete_schedule(name=full, timeout=connection.timeout)
         removal.result(retry=connection.retry, polling=connection.polling)
-
-
-def _check_given(job: Mapping[str, Any], definitions: Mapping[str, Any], values: Mapping[str, Any]) -> None:
-    compiled = job.get("runtimeConfig", {})
-    given = {*values, *compiled.get("parameterValues", {}), *compiled.get("parameters", {})}
-    for name, definition in definitions.items():
-        if name not in given and not definition.get("isOptional"):
-            raise UserError(f"the pipeline's parameter {name} has no value; e.g. --parameter {name}=VALUE")
 
 
 def _digest(resource: types.PipelineJob) -> str:

@@ -138,6 +138,11 @@ def test_a_schedule_begins_with_seconds_runs_one_at_a_time_and_is_removed_by_its
     assert kubeflow.schedules == {}
 
 
+def test_a_parameter_that_must_have_a_value_and_has_none_is_refused(service):
+    with pytest.raises(UserError, match="parameter images has no value"):
+        kubeflow_runs.dry_run(compiled(), submission(), service[1])
+
+
 def test_a_time_zone_is_refused_since_kubeflow_has_none(service):
     asked = submission(parameters=["images=gs://b"], cron="CRON_TZ=Europe/Berlin 0 3 * * *")
     with pytest.raises(UserError, match="takes no time zone"):
