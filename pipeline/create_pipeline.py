@@ -61,6 +61,10 @@ class Runner(abc.ABC):
     metadata: metadata_store_pb2.ConnectionConfig | None = None
     beam_arguments: tuple[str, ...] = ()
 
+    def weights(self, path: str) -> str:
+        """What stands for a file of initial weights in the Trainer's cache key: its content."""
+        return digest(path)
+
     @abc.abstractmethod
     def trainer(self, experiment: Experiment, views: Channel, transform_graph: Channel) -> BaseComponent:
         """The node that trains; its outputs are the stock Trainer's."""
@@ -150,7 +154,7 @@ def create_pipeline(config: Config, places: Places, runner: Runner) -> tfx.dsl.P
         sample=config.train.watch.sample,
         code=code["ViewAugmenter"],
     ).with_id("ViewAugmenter")
-    experiment = make_experiment(config, places)
+    experiment = make_experiment(config, places, runner.weights(config.encoder.weights))
     trainer = runner.trainer(experiment, augmenter.outputs["views"], transform.outputs["transform_graph"]).with_id(
         "Trainer"
     )
@@ -217,8 +221,14 @@ def create_pipeline(config: Config, places: Places, runner: Runner) -> tfx.dsl.P
     )
 
 
-def make_experiment(config: Config, places: Places) -> Experiment:
-    """What the Trainer is told."""
+def make_experiment(config: Config, places: Places, weights: str) -> Experiment:
+    """What the Trainer is told.
+
+    Args:
+        config: validated.
+        places: of the artifacts.
+        weights: what stands for the initial weights in the cache key.
+    """
     return Experiment(
         image=config.image,
         augment=config.augment,
@@ -226,7 +236,7 @@ def make_experiment(config: Config, places: Places) -> Experiment:
         train=config.train,
         seed=config.seed,
         checkpoints=places.checkpoints,
-        code=fingerprint.of(run_fn.__name__) + digest(config.encoder.weights),
+        code=fingerprint.of(run_fn.__name__) + weights,
     )
 
 

@@ -32,7 +32,7 @@ from trainer_module.driver import RESULT_FILE
 from trainer_module.input import check_batch
 from trainer_module.run_fn import LOGS
 from trainer_module.strategy import prepare
-from trainer_module.torch_weights import check_encoder
+from trainer_module.torch_weights import check_encoder, digest
 
 _RUN_ID = "pipeline-run-id"
 _EXECUTION = metadata_store_pb2.Execution
@@ -63,7 +63,7 @@ def _run(config: Config, images: str, home: Path, require_blessing: bool) -> int
     serving = config.publish.to or str(home / "serving" / "encoder")
     places = Places(str(home / "artifacts"), serving, _checkpoints(config, home))
     # Known now, and not only once the Trainer finds them.
-    refuse_other_run(places.checkpoints, make_experiment(config, places).identity())
+    refuse_other_run(places.checkpoints, make_experiment(config, places, digest(config.encoder.weights)).identity())
     make_folder(places.checkpoints)
     # A killed run must not leave the outcome of the one before it.
     (home / "result.json").unlink(missing_ok=True)

@@ -17,6 +17,7 @@ from tfx.utils import json_utils
 
 from trainer_module import tpu_slice
 from trainer_module.run_fn import Experiment
+from trainer_module.strategy import prepare
 
 HOSTS = "hosts"  # key of custom_config: machines of the slice
 
@@ -39,7 +40,7 @@ class Executor(GenericExecutor):
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         told = json_utils.loads(exec_properties[CUSTOM_CONFIG_KEY])
         if told.get(HOSTS, 1) == 1:
-            super().Do(input_dict, output_dict, exec_properties)
+            self._train(told, input_dict, output_dict, exec_properties)
             return
         here = tpu_slice.this_host(os.environ, told[HOSTS])
         with tpu_slice.tpu_lent(here):
@@ -48,7 +49,17 @@ class Executor(GenericExecutor):
                 return
             tpu_slice.wait_for_hosts(here)
             told |= _with_tpu(Experiment.from_custom_config(told), here.name).to_custom_config()
-            super().Do(input_dict, output_dict, {**exec_properties, CUSTOM_CONFIG_KEY: json_utils.dumps(told)})
+            self._train(told, input_dict, output_dict, exec_properties)
+
+    def _train(
+        self,
+        told: dict[str, Any],
+        input_dict: dict[str, list[types.Artifact]],
+        output_dict: dict[str, list[types.Artifact]],
+        exec_properties: dict[str, Any],
+    ) -> None:
+        prepare(Experiment.from_custom_config(told).train)  # before TensorFlow's first operation
+        super().Do(input_dict, output_dict, {**exec_properties, CUSTOM_CONFIG_KEY: json_utils.dumps(told)})
 
 
 def _with_tpu(experiment: Experiment, name: str) -> Experiment:

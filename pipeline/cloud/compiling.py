@@ -29,6 +29,7 @@ from pipeline.cloud.targets import Target, check
 from pipeline.config import Config
 from pipeline.create_pipeline import Places, Runner, create_pipeline
 from trainer_module.run_fn import Experiment
+from trainer_module.torch_weights import check_encoder
 
 Spec = dict[str, Any]
 
@@ -44,9 +45,10 @@ def compile_pipeline(config: Config, target: Target) -> Spec:
         A PipelineJob (kfp's pipeline_spec.proto) in JSON's types. Its `pipelineSpec` alone is what Kubeflow takes.
 
     Raises:
-        UserError: the configuration lacks what the target needs.
+        UserError: the configuration lacks what the target needs, or its encoder cannot be built.
     """
     check(config, target)
+    check_encoder(dataclasses.replace(config.encoder, weights=""), config.augment.size)
     config = dataclasses.replace(config, train=jobs.train_there(config.train, config.cloud))
     runner = (_Vertex if target is Target.vertex else _Kubeflow)(config)
     compiler = kubeflow_v2_dag_runner.KubeflowV2DagRunner(
@@ -86,6 +88,10 @@ class _CloudRunner(Runner):
         self.defaults: dict[str, str | int] = {"span": LATEST, "epochs": config.train.epochs}
         if cloud.images:
             self.defaults["images"] = cloud.images
+
+    def weights(self, path: str) -> str:
+        """The path, since the file is in a bucket that cannot be reached here; so other weights need another name."""
+        return path
 
     def trainer(self, experiment: Experiment, views: Channel, transform_graph: Channel) -> BaseComponent:
         """A custom job of Vertex AI, from either orchestrator: it alone offers TPUs with a restart."""

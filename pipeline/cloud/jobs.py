@@ -73,8 +73,8 @@ def beam_arguments(cloud: CloudConfig, project: str) -> tuple[str, ...]:
         cloud: a valid configuration.
         project: that pays; may be a placeholder that the service fills in.
     """
-    # The image holds the SDK, this project and its requirements, so nothing is installed when a worker starts. Where none
-    # is named, TFX builds a package of its own sources before each stage (its dependency_utils).
+    # The image holds the SDK, this project and its requirements, so nothing is installed when a worker starts. Where no
+    # image is named, TFX builds a package of its own sources before each stage (its dependency_utils).
     image = f"--sdk_container_image={cloud.image}"
     if cloud.beam is BeamPlace.worker:
         return (*BEAM_ARGUMENTS, image, f"--project={project}")

@@ -15,7 +15,7 @@ INPUTS = ("gs://b/views", "gs://b/graph")
 
 def experiment(*overrides):
     places = Places("gs://b", "gs://b/serving", "gs://b/checkpoints")
-    return make_experiment(load("cifar", overrides), places)
+    return make_experiment(load("cifar", overrides), places, weights="")
 
 
 def folder(*overrides, epochs=7, inputs=INPUTS):

@@ -11,9 +11,7 @@ from google.cloud.aiplatform_v1.types import CustomJob
 from job_service import JobService, served
 from local_service import RUN_EXECUTOR, LocalService, execute, preload
 
-from pipeline.cloud.compiling import compile_pipeline, to_text
 from pipeline.cloud.targets import Target
-from pipeline.config import load
 
 BUCKET = "gs://bucket"
 HOST = "us-central1-aiplatform.googleapis.com"
@@ -36,6 +34,7 @@ SETTINGS = (
     "cloud.beam=worker",
 )
 IMPORTED_ONCE = (
+    "pipeline.cloud.compiling",
     RUN_EXECUTOR,
     "tfx.scripts.run_executor",
     "components.image_example_gen.vertex_driver",
@@ -62,8 +61,12 @@ class Run:
 
 
 def compiled_for(target: Target, bucket: Path) -> dict:
-    """As written to the file, read back; a mounted bucket is a folder."""
-    text = to_text(compile_pipeline(load("demo", SETTINGS), target), target).replace(BUCKET, str(bucket))
+    """What the command writes; a mounted bucket is a folder."""
+    file = bucket / f"pipeline{target.suffixes[0]}"
+    settings = [word for setting in SETTINGS for word in ("--set", setting)]
+    command = ["python", "-m", "pipeline", "compile", "--target", target.value, "--config", "demo", *settings]
+    execute([*command, "--out", str(file)], {**os.environ}, bucket / "compile")
+    text = file.read_text().replace(BUCKET, str(bucket))
     return json.loads(text) if target is Target.vertex else {"pipelineSpec": yaml.safe_load(text)}
 
 

@@ -19,6 +19,7 @@ from pipeline.cloud.submission import submission
 from pipeline.cloud.targets import Target
 from pipeline.cloud.vertex import Connection
 from pipeline.config import load
+from trainer_module.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -112,3 +113,14 @@ def test_vertex_fills_in_the_project_where_none_is_named():
     assert "--project={{$.pipeline_google_cloud_project_id}}" in text
     assert re.search(r"FnApiRunner", text)
     assert "DataflowRunner" not in text
+
+
+def test_initial_weights_in_a_bucket_need_no_network_and_an_encoder_that_cannot_be_is_refused():
+    weights = "gs://bucket/moco.safetensors"
+    job = compile_pipeline(load("vertex_cpu", [f"encoder.weights={weights}"]), Target.vertex)
+    told = job["pipelineSpec"]["root"]["dag"]["tasks"]["Trainer"]["inputs"]["parameters"]["custom_config"]
+    experiment = json.loads(json.loads(told["runtimeValue"]["constant"])["experiment"])
+    assert experiment["encoder"]["weights"] == weights
+    assert experiment["code"].endswith(weights)
+    with pytest.raises(UserError, match="NoSuchNet"):
+        compile_pipeline(load("vertex_cpu", ["encoder=keras.applications.NoSuchNet"]), Target.vertex)
