@@ -24,7 +24,7 @@ from pipeline.deploying.config import FilesConfig, VertexConfig
 from pipeline.deploying.located import Located, locate
 from trainer_module.errors import UserError
 
-# Of tensorflow_model_server 2.16.1, see tensorflow_serving/model_servers/main.cc.
+# Of tensorflow_model_server 2, read in its tensorflow_serving/model_servers/main.cc.
 FLAGS = {
     "model_config_file",
     "enable_batching",
@@ -39,7 +39,7 @@ def batching_parameters(text: str):
     """Text as tensorflow.serving.BatchingParameters.
 
     Its proto is in no package, so the message is built here, field by field, from
-    tensorflow_serving/servables/tensorflow/session_bundle_config.proto of release 2.16.1.
+    tensorflow_serving/servables/tensorflow/session_bundle_config.proto of TensorFlow Serving.
     """
     file = descriptor_pb2.FileDescriptorProto(
         name="session_bundle_config.proto", package="tensorflow.serving", syntax="proto3"
