@@ -5,6 +5,7 @@ Nothing heavy is imported until a command needs it, so that help and refusals an
 
 import argparse
 import ast
+import dataclasses
 import difflib
 import errno
 import os
@@ -27,7 +28,10 @@ DONE, FAILED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
 
 _DESCRIPTION = "Train, check, publish and use a visual encoder by Momentum Contrast (MoCo) on your own images."
 _SEE = "'./moco COMMAND --help' explains a command, with an example."
-_CONTINUES = ("demo", "run", "embed")
+_INTERRUPTED = {
+    **dict.fromkeys(("demo", "run", "embed"), "; the same command continues"),
+    **dict.fromkeys(("submit", "deploy"), "; what was begun on Google Cloud or Kubeflow goes on there"),
+}
 # What a path or its rights can bring about, wherever it is met; a missing file may be our fault.
 _OF_THE_USER = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP)
 
@@ -55,8 +59,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _interrupted(arguments: Sequence[str]) -> int:
-    hint = "; the same command continues" if arguments and arguments[0] in _CONTINUES else ""
-    print(f"moco: interrupted{hint}", file=sys.stderr)
+    print(f"moco: interrupted{_INTERRUPTED.get(arguments[0] if arguments else '', '')}", file=sys.stderr)
     return INTERRUPTED
 
 
@@ -83,6 +86,9 @@ def _dispatch(arguments: list[str]) -> int:
         "weights": _weights,
         "publish": _publish,
         "serve": _serve,
+        "deploy": _deploy,
+        "compile": _compile,
+        "submit": _submit,
         "bench": _bench,
         "tpu-report": _tpu_report,
     }
@@ -386,6 +392,163 @@ then, from another terminal:
     _add_talk(parser)
 
 
+def _add_deploy(parser: argparse.ArgumentParser) -> None:
+    from pipeline.deploying.command import TARGETS
+    from pipeline.deploying.config import FilesConfig, VertexConfig
+    from pipeline.serving.config import option
+
+    parser.description = """\
+Brings a published encoder to those who serve it for many: writes what TensorFlow Serving needs by docker or under
+KServe, with batches and warm-up, or uploads it to Vertex AI and deploys it on an endpoint. For Vertex AI, typed again
+it does what is not done yet; it takes ten minutes or more, and Application Default Credentials
+('gcloud auth application-default login')."""
+    parser.epilog = """\
+examples:
+  ./moco deploy --target docker --model moco-demo/serving/encoder --out serving && serving/serve.sh
+  ./moco deploy --target kserve --model gs://bucket/encoder/1795387561 --dry-run | kubectl apply -f -
+  ./moco deploy --target vertex --model gs://bucket/encoder --project PROJECT --region europe-west4
+  ./moco deploy --target vertex --model gs://bucket/encoder --project PROJECT --region europe-west4 --traffic 10"""
+    parser.add_argument("--target", required=True, action=_Once, choices=TARGETS, help="who serves it")
+    parser.add_argument(
+        "--model",
+        required=True,
+        action=_Once,
+        metavar="DIR|gs://",
+        help="as for './moco embed'; KServe and Vertex AI need gs://, and nobody is asked for gs://BUCKET/PATH/VERSION",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="only show the files, or the requests as JSON")
+    parser.add_argument("--out", action=_Once, metavar="DIR", help="docker, kserve: folder for the files")
+    parser.add_argument("--project", action=_Once, metavar="ID", help="vertex: of Google Cloud")
+    parser.add_argument("--region", action=_Once, metavar="REGION", help="vertex: such as europe-west4")
+    words = {
+        "name": ("NAME", "the model's name in requests, and its id on Vertex AI"),
+        "image": ("URI", "docker, kserve: TensorFlow Serving's; vertex: one of your own, for the prebuilt one"),
+        "max_batch": ("N", "docker, kserve: rows in one call of the model"),
+        "max_wait_ms": ("MS", "docker, kserve: how long a row waits for company"),
+        "max_queue": ("N", "docker, kserve: rows that wait; more are refused"),
+        "threads": ("N", "docker, kserve: calls of the model at a time"),
+        "rest_port": ("N", "docker: port of REST on loopback"),
+        "grpc_port": ("N", "docker: port of gRPC on loopback"),
+        "min_replicas": ("N", "kserve, vertex: servers at least"),
+        "max_replicas": ("N", "kserve, vertex: servers at most"),
+        "cpus": ("N", "kserve: of one server"),
+        "memory_gb": ("GB", "kserve: of one server"),
+        "endpoint": ("ID", "vertex: the endpoint; made where there is none (default: the name)"),
+        "machine_type": ("TYPE", "vertex: of each server"),
+        "accelerator": ("TYPE", "vertex: such as NVIDIA_TESLA_T4"),
+        "accelerators": ("N", "vertex: of each server"),
+        "traffic": ("PERCENT", "vertex: of the endpoint's requests; models already there share the rest"),
+        "service_account": ("EMAIL", "vertex: whom the servers act as"),
+    }
+    fields = {field.name: field for kind in (VertexConfig, FilesConfig) for field in dataclasses.fields(kind)}
+    for name, (metavar, text) in words.items():
+        default = fields[name].default
+        parser.add_argument(
+            option(name),
+            action=_Once,
+            type=type(default),
+            metavar=metavar,
+            help=text if default == "" else f"{text} (default: {default})",
+        )
+    parser.add_argument(
+        "--replace", action="store_true", default=None, help="vertex: take models off that get no requests any more"
+    )
+    parser.add_argument(
+        "--label",
+        action="append",
+        dest="labels",
+        metavar="KEY=VALUE",
+        help="vertex: on the model and the endpoint; may be repeated",
+    )
+    _add_talk(parser)
+
+
+def _add_compile(parser: argparse.ArgumentParser) -> None:
+    parser.description = """\
+Writes the pipeline as Vertex AI or Kubeflow runs it: Beam stages on Dataflow, training as a Vertex AI custom job on
+TPU, everything else on small machines. Reaches no network, and needs neither credentials nor a project. A run may set
+the parameters images, span ('latest' or a number) and epochs."""
+    parser.epilog = """\
+examples:
+  ./moco compile --target vertex --config vertex_v5e_8 --out pipeline.json
+  ./moco compile --target kubeflow --config mine.yaml --set cloud.trainer.spot=true --out pipeline.yaml
+
+configs/vertex_*.yaml are examples to copy: put your own project, bucket and images under 'cloud:'."""
+    parser.add_argument(
+        "--target", required=True, action=_Once, choices=("vertex", "kubeflow"), help="who is to run the pipeline"
+    )
+    parser.add_argument(
+        "--config", required=True, action=_Once, metavar="PRESET|FILE", help="as for './moco run', with 'cloud:'"
+    )
+    parser.add_argument(
+        "--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE", help="as for './moco run'"
+    )
+    parser.add_argument(
+        "--out",
+        required=True,
+        action=_Once,
+        metavar="FILE",
+        help="FILE.json for vertex (a PipelineJob), FILE.yaml for kubeflow (a PipelineSpec)",
+    )
+    _add_talk(parser)
+
+
+def _add_submit(parser: argparse.ArgumentParser) -> None:
+    parser.description = """\
+Runs the pipeline on Vertex AI Pipelines or Kubeflow Pipelines, once or by a schedule, follows runs and cancels them.
+Where it runs is in the configuration, below 'cloud'; configs/vertex_*.yaml are examples. Vertex AI is reached with
+Application Default Credentials ('gcloud auth application-default login'); --dry-run needs none."""
+    parser.epilog = """\
+examples:
+  ./moco submit --target vertex --config vertex_v5e_8 --set cloud.project=PROJECT --watch
+  ./moco submit --target vertex --config mine.yaml --parameter span=17 --label team=vision --dry-run
+  ./moco submit --target vertex --config mine.yaml --cron 'CRON_TZ=Europe/Berlin 0 3 * * *'
+  ./moco submit --target vertex --config mine.yaml --cancel moco-20261123-064500
+  ./moco submit --target kubeflow --config mine.yaml --set cloud.kubeflow.host=http://localhost:8080 --watch
+
+With --name, typed again it begins nothing twice on Vertex AI. Code 1: the run that was watched did not succeed."""
+    parser.add_argument("--target", required=True, action=_Once, choices=("vertex", "kubeflow"), help="who runs it")
+    parser.add_argument(
+        "--config",
+        default="moco_v2",
+        action=_Once,
+        metavar="PRESET|FILE",
+        help="a preset or a YAML file (default: moco_v2)",
+    )
+    parser.add_argument(
+        "--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE", help="as for './moco run'"
+    )
+    parser.add_argument("--images", action=_Once, metavar="gs://", help="of this run: the parameter images")
+    parser.add_argument(
+        "--parameter",
+        action="append",
+        default=[],
+        dest="parameters",
+        metavar="NAME=VALUE",
+        help="of this run, such as epochs=50; may be repeated",
+    )
+    parser.add_argument("--name", default="", action=_Once, metavar="NAME", help="of the run or the schedule")
+    parser.add_argument(
+        "--label", action="append", default=[], dest="labels", metavar="KEY=VALUE", help="on the run; may be repeated"
+    )
+    parser.add_argument("--no-cache", action="store_true", help="take no stage from the cache")
+    parser.add_argument(
+        "--pipeline", default="", action=_Once, metavar="FILE", help="what './moco compile' wrote, not compiled anew"
+    )
+    parser.add_argument("--cron", default="", action=_Once, metavar="FIELDS", help="begin runs by a schedule")
+    parser.add_argument("--dry-run", action="store_true", help="only show the request, as JSON")
+    parser.add_argument(
+        "--watch",
+        nargs="?",
+        const="",
+        action=_Once,
+        metavar="NAME",
+        help="follow the run to its end; with a name, one that is there",
+    )
+    parser.add_argument("--cancel", action=_Once, metavar="NAME", help="end a run, or remove schedules/ID")
+    _add_talk(parser)
+
+
 def _add_bench(parser: argparse.ArgumentParser) -> None:
     names = bench.available()
     width = max(map(len, names), default=0)
@@ -459,6 +622,9 @@ _COMMANDS = {
     "weights": (_add_weights, "write a published encoder's weights for PyTorch"),
     "publish": (_add_publish, "publish encoders, list the published ones, go back, remove old ones"),
     "serve": (_add_serve, "serve an encoder by TensorFlow Serving's REST and gRPC"),
+    "deploy": (_add_deploy, "TensorFlow Serving by docker, KServe or Vertex AI"),
+    "compile": (_add_compile, "write the pipeline for Vertex AI or Kubeflow"),
+    "submit": (_add_submit, "run the pipeline on Vertex AI or Kubeflow"),
     "bench": (_add_bench, "measure speed and memory"),
     "tpu-report": (_add_tpu_report, "compile the training step for TPUs that need not be there"),
 }
@@ -581,8 +747,6 @@ def _publish(options: argparse.Namespace) -> int:
 
 
 def _serve(options: argparse.Namespace) -> int:
-    import dataclasses
-
     from pipeline import console
     from pipeline.serving.config import ServeConfig, validate
 
@@ -595,6 +759,73 @@ def _serve(options: argparse.Namespace) -> int:
     with console.progress_shown():
         server.serve(config, console.line)
     return DONE
+
+
+def _deploy(options: argparse.Namespace) -> int:
+    from pipeline import console
+    from pipeline.deploying import command
+    from pipeline.deploying.config import FilesConfig, VertexConfig
+
+    names = {field.name for kind in (FilesConfig, VertexConfig) for field in dataclasses.fields(kind)}
+    given = {name: getattr(options, name) for name in sorted(names | {"out", "project", "region"})}
+    typed = {name: tuple(value) if name == "labels" else value for name, value in given.items() if value is not None}
+    deployment = command.asked(options.target, options.model, typed, options.dry_run)
+    console.quiet(options.verbose)
+    with console.progress_shown():
+        for line in command.lines(deployment):
+            console.line(line)
+    return DONE
+
+
+def _compile(options: argparse.Namespace) -> int:
+    from pipeline import config, console, outputs
+    from pipeline.cloud.targets import Target, check
+
+    target = Target[options.target]
+    outputs.check("--out", options.out, f"pipeline{target.suffixes[0]}")
+    if Path(options.out).suffix not in target.suffixes:
+        raise UserError(f"--out {options.out}: --target {target.value} writes a file that ends in {target.suffixes[0]}")
+    settings = config.load(options.config, options.overrides)
+    check(settings, target)
+    console.quiet(options.verbose)
+    from pipeline.cloud import compiling
+
+    outputs.write(options.out, compiling.to_text(compiling.compile_pipeline(settings, target), target))
+    console.line(f"written: {options.out}")
+    return DONE
+
+
+def _submit(options: argparse.Namespace) -> int:
+    from pipeline import config, console
+    from pipeline.cloud import submit_command
+    from pipeline.cloud.submission import submission
+    from pipeline.cloud.targets import Target
+
+    settings = config.load(options.config, options.overrides)
+    there = options.cancel or options.watch or ""
+    if options.cancel and options.watch:
+        raise UserError(f"--watch {options.watch}: leave the name out, --cancel {options.cancel} says it")
+    images = [f"images={options.images}"] if options.images else []
+    given = submission(
+        name=options.name,
+        labels=options.labels,
+        parameters=[*images, *options.parameters],
+        cached=not options.no_cache,
+        cron=options.cron,
+    )
+    asked = submit_command.Request(
+        Target[options.target],
+        settings,
+        given,
+        pipeline=os.path.expanduser(options.pipeline),
+        dry_run=options.dry_run,
+        watch=options.watch is not None,
+        name=there,
+        cancel=bool(options.cancel),
+    )
+    submit_command.check(asked)
+    console.quiet(options.verbose)
+    return DONE if submit_command.run(asked, console.line) else FAILED
 
 
 def _bench(options: argparse.Namespace) -> int:

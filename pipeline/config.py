@@ -28,6 +28,8 @@ from components.image_example_gen.config import PILLOW_MAX_PIXELS, IngestConfig
 from components.model_card.config import CardConfig
 from components.pusher.config import PublishConfig
 from components.serving_check.config import ServingCheckConfig
+from pipeline.cloud import machines
+from pipeline.cloud.config import CloudConfig
 from trainer_module.config import (
     AugmentConfig,
     EncoderConfig,
@@ -53,7 +55,7 @@ class Config:
     Attributes:
         name: names the experiment in reports and in the model's card; letters, digits, dot, dash, underscore.
         seed: from which every random draw is derived.
-        ingest, image, augment, encoder, train, evaluate, serving_check, card, publish: see their classes.
+        ingest, image, augment, encoder, train, evaluate, serving_check, card, publish, cloud: see their classes.
     """
 
     name: str = "moco"
@@ -67,6 +69,7 @@ class Config:
     serving_check: ServingCheckConfig = ServingCheckConfig()
     card: CardConfig = CardConfig()
     publish: PublishConfig = PublishConfig()
+    cloud: CloudConfig = CloudConfig()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,6 +184,12 @@ RANGES: Mapping[str, Range] = {
     "serving_check.tolerance": _positive(1),
     "serving_check.max_latency_ms": Range(0, 10**7),
     "publish.keep": Range(0, 10**6),
+    "cloud.dataflow.max_workers": Range(1, 4000),
+    "cloud.dataflow.disk_gb": Range(10, 65_536),
+    "cloud.worker.cpus": Range(0.5, 416),
+    "cloud.worker.memory_gb": Range(1, 12_288),
+    "cloud.trainer.count": Range(0, 8),
+    "cloud.trainer.timeout_hours": _positive(8760),
 }
 
 CHOICES: Mapping[str, tuple[str, ...]] = {"encoder.name": ("resnet18", "resnet34", "resnet50", "resnet101")}
@@ -286,11 +295,8 @@ def _from_file_or_preset(name: str) -> list[_Setting]:
     path = Path(name)
     if not name or not path.is_file():
         raise UserError(_no_such_config(name))
-    content = _read(path)
-    base = content.pop("preset", None)
-    settings = [] if base is None else _from_preset(str(base), f"{path}: ")
     stem = re.sub(r"[^A-Za-z0-9_.-]+", "-", path.stem).strip("-._")[:63] or "moco"
-    return [*settings, _Setting("name", stem, ""), *_settings(content, f"{path}: ")]
+    return _from_yaml(path, stem)
 
 
 def _from_preset(name: str, place: str = "") -> list[_Setting]:
@@ -298,8 +304,14 @@ def _from_preset(name: str, place: str = "") -> list[_Setting]:
         raise UserError(
             f"{place}preset={name} is not a preset; did you mean {_or(_by_nearness(name, preset_names()))}?"
         )
-    path = PRESETS / f"{name}.yaml"
-    return [_Setting("name", name, ""), *_settings(_read(path), f"{path}: ")]
+    return _from_yaml(PRESETS / f"{name}.yaml", name)
+
+
+def _from_yaml(path: Path, name: str) -> list[_Setting]:
+    content = _read(path)
+    base = content.pop("preset", None)
+    settings = [] if base is None else _from_preset(str(base), f"{path}: ")
+    return [*settings, _Setting("name", name, ""), *_settings(content, f"{path}: ")]
 
 
 def _no_such_config(name: str) -> str:
@@ -577,6 +589,7 @@ def _impossible(config: Config) -> Iterator[str]:
     yield from _impossible_encoder(config)
     yield from _impossible_training(config)
     yield from _impossible_publication(config)
+    yield from _impossible_cloud(config)
 
 
 _ORDERED = (
@@ -648,6 +661,45 @@ def _impossible_publication(config: Config) -> Iterator[str]:
         yield (
             f"publish.to={_show(to)} is neither a directory nor gs://BUCKET/PATH; e.g. publish.to=gs://"
             f"{to[scheme.end() :].lstrip('/') or 'BUCKET/PATH'}"
+        )
+
+
+_CLOUD_PLACES = ("cloud.root", "cloud.images", "cloud.dataflow.temp")
+_LABEL = re.compile(r"[a-z][a-z0-9_-]{0,62}=[a-z0-9_-]{0,63}")
+
+
+def _impossible_cloud(config: Config) -> Iterator[str]:
+    cloud, values = config.cloud, dict(_leaves(config))
+    for key in _CLOUD_PLACES:
+        if values[key] and not values[key].startswith("gs://"):
+            yield f"{key}={_show(values[key])} is not on gs://; e.g. {key}=gs://BUCKET/PATH"
+    for label in cloud.labels:
+        if not _LABEL.fullmatch(label):
+            yield (
+                f"cloud.labels={_show(cloud.labels)}: {_show(label)} is not key=value in lower-case letters, digits, "
+                "'-' and '_'; e.g. cloud.labels=[team=vision]"
+            )
+    yield from machines.faults(cloud.trainer, cloud.region)
+    yield from _impossible_cores(config.train, machines.machines(cloud.trainer).cores)
+
+
+def _impossible_cores(train: TrainConfig, cores: int) -> Iterator[str]:
+    """What the cores of a TPU that is rented for the training cannot do."""
+    if not cores:
+        return
+    if train.strategy in (StrategyKind.mirrored, StrategyKind.single):
+        yield f"train.strategy={train.strategy.name} leaves the TPU of cloud.trainer idle; e.g. train.strategy=tpu"
+    if train.global_batch % cores:
+        below = train.global_batch // cores * cores
+        near = [str(batch) for batch in (below, below + cores) if batch]
+        yield (
+            f"train.global_batch={train.global_batch} is not divisible by the {cores} cores of cloud.trainer; "
+            f"e.g. train.global_batch={_or(near)}"
+        )
+    if does := dealing(train.key_bn, cores, train.global_batch // cores):
+        yield (
+            f"train.key_bn.mode={train.key_bn.mode.name} {does}, which train.global_batch={train.global_batch} over "
+            f"the {cores} cores of cloud.trainer does not allow; e.g. train.key_bn.mode=auto"
         )
 
 

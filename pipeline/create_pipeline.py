@@ -1,13 +1,18 @@
-"""The pipeline: what feeds what. It depends on its arguments and our sources; paths and metadata are the runner's."""
+"""The pipeline: what feeds what. It depends on its arguments and our sources; what runs where is the runner's."""
 
+import abc
 import dataclasses
 
 from ml_metadata.proto import metadata_store_pb2
 from tfx import v1 as tfx
+from tfx.dsl.components.base.base_component import BaseComponent
+from tfx.dsl.components.base.base_node import BaseNode
+from tfx.orchestration.data_types import RuntimeParameter
 from tfx.types import Channel, standard_artifacts
 
 from components.evaluator import eval_model
 from components.evaluator.baseline import LatestOtherBlessedModelStrategy
+from components.evaluator.component import Evaluator
 from components.evaluator.eval_config import make_eval_config
 from components.image_example_gen.component import ImageExampleGen
 from components.model_card.component import ModelCard
@@ -39,24 +44,87 @@ class Places:
     checkpoints: str
 
 
-def create_pipeline(
-    config: Config,
-    images: str,
-    places: Places,
-    metadata: metadata_store_pb2.ConnectionConfig | None,
-    beam_pipeline_args: list[str],
-) -> tfx.dsl.Pipeline:
+class Runner(abc.ABC):
+    """What the orchestrators differ in.
+
+    Attributes:
+        name: of the pipeline.
+        images: folder, file or glob of the images, see components.image_example_gen.sources; or a run's parameter.
+        span: which span of them, a run's parameter; None for the latest.
+        metadata: connection to ML Metadata; None where the orchestrator brings its own.
+        beam_arguments: flags for Beam; the runner is named there.
+    """
+
+    name: str
+    images: str | RuntimeParameter
+    span: RuntimeParameter | None = None
+    metadata: metadata_store_pb2.ConnectionConfig | None = None
+    beam_arguments: tuple[str, ...] = ()
+
+    def weights(self, path: str) -> str:
+        """What stands for a file of initial weights in the Trainer's cache key: its content."""
+        return digest(path)
+
+    @abc.abstractmethod
+    def trainer(self, experiment: Experiment, views: Channel, transform_graph: Channel) -> BaseComponent:
+        """The node that trains; its outputs are the stock Trainer's."""
+
+    @abc.abstractmethod
+    def baseline(self, config: Config, candidate: Channel) -> BaseNode:
+        """The node whose output `model` is the latest blessed model other than the candidate, if there is one."""
+
+    def after_blessing(self, candidate: Channel, blessing: Channel) -> list[BaseComponent]:
+        """What this runner adds so that a later run finds the model."""
+        del candidate, blessing
+        return []
+
+
+class LocalRunner(Runner):
+    """This machine: TFX's own Trainer, and a strategy of ours on its ML Metadata."""
+
+    name = "moco"
+
+    def __init__(
+        self, images: str, metadata: metadata_store_pb2.ConnectionConfig, beam_arguments: tuple[str, ...]
+    ) -> None:
+        """See the attributes of the base class."""
+        self.images, self.metadata, self.beam_arguments = images, metadata, beam_arguments
+
+    def trainer(self, experiment: Experiment, views: Channel, transform_graph: Channel) -> BaseComponent:
+        """See the base class."""
+        return tfx.components.Trainer(
+            run_fn=f"{run_fn.__name__}.run_fn",
+            examples=views,
+            transform_graph=transform_graph,
+            # The loop counts epochs, not TFX's steps; views exist of the train split alone.
+            train_args=tfx.proto.TrainArgs(splits=["train"]),
+            eval_args=tfx.proto.EvalArgs(splits=["train"]),
+            custom_config=experiment.to_custom_config(),
+        )
+
+    def baseline(self, config: Config, candidate: Channel) -> BaseNode:
+        """See the base class."""
+        return tfx.dsl.Resolver(
+            strategy_class=LatestOtherBlessedModelStrategy,
+            config={"missing": config.evaluate.missing_baseline.value},
+            candidate=candidate,
+            model=Channel(type=standard_artifacts.Model),
+            model_blessing=Channel(type=standard_artifacts.ModelBlessing),
+        )
+
+
+def create_pipeline(config: Config, places: Places, runner: Runner) -> tfx.dsl.Pipeline:
     """Builds the pipeline.
 
     Args:
         config: a validated configuration.
-        images: folder, file or glob of the images, see components.image_example_gen.sources.
         places: of the artifacts.
-        metadata: connection to ML Metadata; None where the orchestrator brings its own.
-        beam_pipeline_args: flags for Beam; the runner is named there.
+        runner: decides where each stage runs.
     """
     code = _code()
-    example_gen = ImageExampleGen(images, config.ingest, code=code["ImageExampleGen"]).with_id("ImageExampleGen")
+    example_gen = ImageExampleGen(
+        runner.images, config.ingest, code=code["ImageExampleGen"], range_config=runner.span
+    ).with_id("ImageExampleGen")
     examples = example_gen.outputs["examples"]
     statistics_gen = tfx.components.StatisticsGen(examples, stats_options=stats_options()).with_id("StatisticsGen")
     # The schema knows the labels of the train split only, so a new label in the eval split is an anomaly.
@@ -86,16 +154,13 @@ def create_pipeline(
         sample=config.train.watch.sample,
         code=code["ViewAugmenter"],
     ).with_id("ViewAugmenter")
-    trainer = _trainer(config, augmenter.outputs["views"], transform.outputs["transform_graph"], places)
+    experiment = make_experiment(config, places, runner.weights(config.encoder.weights))
+    trainer = runner.trainer(experiment, augmenter.outputs["views"], transform.outputs["transform_graph"]).with_id(
+        "Trainer"
+    )
     model = trainer.outputs["model"]
-    baseline = tfx.dsl.Resolver(
-        strategy_class=LatestOtherBlessedModelStrategy,
-        config={"missing": config.evaluate.missing_baseline.value},
-        candidate=model,
-        model=Channel(type=standard_artifacts.Model),
-        model_blessing=Channel(type=standard_artifacts.ModelBlessing),
-    ).with_id("BaselineResolver")
-    evaluator = tfx.components.Evaluator(
+    baseline = runner.baseline(config, model).with_id("BaselineResolver")
+    evaluator = Evaluator(
         examples=examples,
         model=model,
         baseline_model=baseline.outputs["model"],
@@ -118,7 +183,7 @@ def create_pipeline(
         blessing=evaluator.outputs["blessing"],
         name=config.name,
         statement=config.card,
-        config=flatten(config),
+        config={key: value for key, value in flatten(config).items() if not key.startswith("cloud.")},
         code=code,
         project=__version__,
     ).with_id("ModelCard")
@@ -133,7 +198,7 @@ def create_pipeline(
         custom_config={pusher_executor.KEEP: config.publish.keep, "code": code["Pusher"]},
     ).with_id("Pusher")
     return tfx.dsl.Pipeline(
-        pipeline_name="moco",
+        pipeline_name=runner.name,
         pipeline_root=places.root,
         components=[
             example_gen,
@@ -145,18 +210,25 @@ def create_pipeline(
             trainer,
             baseline,
             evaluator,
+            *runner.after_blessing(model, evaluator.outputs["blessing"]),
             serving_check,
             model_card,
             pusher,
         ],
         enable_cache=True,
-        metadata_connection_config=metadata,
-        beam_pipeline_args=beam_pipeline_args,
+        metadata_connection_config=runner.metadata,
+        beam_pipeline_args=[*runner.beam_arguments],
     )
 
 
-def make_experiment(config: Config, places: Places) -> Experiment:
-    """What the Trainer is told."""
+def make_experiment(config: Config, places: Places, weights: str) -> Experiment:
+    """What the Trainer is told.
+
+    Args:
+        config: validated.
+        places: of the artifacts.
+        weights: what stands for the initial weights in the cache key.
+    """
     return Experiment(
         image=config.image,
         augment=config.augment,
@@ -164,7 +236,7 @@ def make_experiment(config: Config, places: Places) -> Experiment:
         train=config.train,
         seed=config.seed,
         checkpoints=places.checkpoints,
-        code=fingerprint.of(run_fn.__name__) + digest(config.encoder.weights),
+        code=fingerprint.of(run_fn.__name__) + weights,
     )
 
 
@@ -175,20 +247,10 @@ def _code() -> dict[str, str]:
         "Transform": fingerprint.of(preprocessing.__name__),
         "ViewAugmenter": fingerprint.of("components.view_augmenter.component"),
         "Trainer": fingerprint.of(run_fn.__name__),
-        "Evaluator": fingerprint.of("components.evaluator.eval_config", eval_model.MODULE_PATH),
+        "Evaluator": fingerprint.of(
+            "components.evaluator.component", "components.evaluator.eval_config", eval_model.MODULE_PATH
+        ),
         "ServingCheck": fingerprint.of("components.serving_check.component", "components.serving_check.probe"),
         "ModelCard": fingerprint.of("components.model_card.component"),
         "Pusher": fingerprint.of("components.pusher.component"),
     }
-
-
-def _trainer(config: Config, views: Channel, transform_graph: Channel, places: Places) -> tfx.components.Trainer:
-    return tfx.components.Trainer(
-        run_fn=f"{run_fn.__name__}.run_fn",
-        examples=views,
-        transform_graph=transform_graph,
-        # The loop counts epochs, not TFX's steps; views exist of the train split alone.
-        train_args=tfx.proto.TrainArgs(splits=["train"]),
-        eval_args=tfx.proto.EvalArgs(splits=["train"]),
-        custom_config=make_experiment(config, places).to_custom_config(),
-    ).with_id("Trainer")

@@ -25,14 +25,14 @@ from components.view_augmenter.executor import Job, check_space
 from pipeline import console, report
 from pipeline.beam import BEAM_ARGUMENTS
 from pipeline.config import Config, to_yaml
-from pipeline.create_pipeline import Places, create_pipeline, make_experiment
+from pipeline.create_pipeline import LocalRunner, Places, create_pipeline, make_experiment
 from trainer_module import progress
 from trainer_module.checkpoints import clear, make_folder, refuse_other_run
 from trainer_module.driver import RESULT_FILE
 from trainer_module.input import check_batch
 from trainer_module.run_fn import LOGS
 from trainer_module.strategy import prepare
-from trainer_module.torch_weights import check_encoder
+from trainer_module.torch_weights import check_encoder, digest
 
 _RUN_ID = "pipeline-run-id"
 _EXECUTION = metadata_store_pb2.Execution
@@ -63,7 +63,7 @@ def _run(config: Config, images: str, home: Path, require_blessing: bool) -> int
     serving = config.publish.to or str(home / "serving" / "encoder")
     places = Places(str(home / "artifacts"), serving, _checkpoints(config, home))
     # Known now, and not only once the Trainer finds them.
-    refuse_other_run(places.checkpoints, make_experiment(config, places).identity())
+    refuse_other_run(places.checkpoints, make_experiment(config, places, digest(config.encoder.weights)).identity())
     make_folder(places.checkpoints)
     # A killed run must not leave the outcome of the one before it.
     (home / "result.json").unlink(missing_ok=True)
@@ -85,7 +85,7 @@ def _run(config: Config, images: str, home: Path, require_blessing: bool) -> int
     began = time.monotonic()
     runner = _Runner(finished)
     try:
-        runner.run(create_pipeline(config, images, places, connection, [*BEAM_ARGUMENTS]))
+        runner.run(create_pipeline(config, places, LocalRunner(images, connection, BEAM_ARGUMENTS)))
     except BaseException as error:
         _write(home / "result.json", report.failed(nodes, runner.current, error, time.monotonic() - began))
         raise

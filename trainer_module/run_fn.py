@@ -132,7 +132,7 @@ def run_fn(fn_args: Any) -> None:
     expected = posixpath.join(fn_args.model_run_dir, EXPECTED_FILE)
     write_expected(split_dir, embed, experiment.image, experiment.augment, expected)
     write_tensors(posixpath.join(fn_args.model_run_dir, MOCO_FILE), moco_tensors(encoder.model, state))
-    _write_result(result, strategy, fn_args.model_run_dir)
+    _write_result(result, strategy, config.epochs, fn_args.model_run_dir)
 
 
 def channel_statistics(transform: Any) -> ChannelStatistics:
@@ -167,9 +167,10 @@ def _copy_files(source: str, destination: str) -> None:
         tf.io.gfile.copy(posixpath.join(source, name), posixpath.join(destination, name), overwrite=True)
 
 
-def _write_result(result: Result, strategy: tf.distribute.Strategy, directory: str) -> None:
+def _write_result(result: Result, strategy: tf.distribute.Strategy, epochs: int, directory: str) -> None:
     what = {
         **dataclasses.asdict(result),
+        "epochs": epochs,
         "replicas": strategy.num_replicas_in_sync,
         "strategy": type(strategy).__name__,
     }

@@ -10,6 +10,7 @@ from tfx.utils import path_utils
 from components.evaluator.config import MissingBaseline
 
 CANDIDATE = "candidate"
+NONE = "none"  # custom property of an artifact that stands for no model, where a service wants one
 
 
 class LatestOtherBlessedModelStrategy(resolver.ResolverStrategy):

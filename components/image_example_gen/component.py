@@ -6,6 +6,7 @@ ImageExampleGen(images="gs://bucket/day-{SPAN}/v{VERSION}/*.tar")
 
 from tfx.components.example_gen.component import FileBasedExampleGen
 from tfx.dsl.components.base import executor_spec
+from tfx.orchestration.data_types import RuntimeParameter
 from tfx.v1 import proto
 
 from components.image_example_gen import driver, executor, sources
@@ -28,25 +29,26 @@ class ImageExampleGen(FileBasedExampleGen):
 
     def __init__(
         self,
-        images: str,
+        images: str | RuntimeParameter,
         config: IngestConfig | None = None,
         code: str = "",
-        range_config: proto.RangeConfig | None = None,
+        range_config: proto.RangeConfig | RuntimeParameter | None = None,
     ):
         """Makes the node.
 
         Args:
-            images: folder, file or glob, local or gs://, with {SPAN}, {VERSION} or dates as TFX has them.
+            images: folder, file or glob, local or gs://, with {SPAN}, {VERSION} or dates as TFX has them; or a
+                parameter of the run, which `driver.resolve` takes apart.
             config: limits; None for the defaults.
             code: fingerprint of the code; it takes part in the cache key and in nothing else.
-            range_config: which span to read; the latest by default.
+            range_config: which span to read; the latest by default. As a parameter of the run: see `driver.resolve`.
 
         Raises:
             UserError: a value of the configuration cannot work.
         """
         config = config or IngestConfig()
         validate(config)
-        base, pattern = sources.split_pattern(images)
+        base, pattern = (images, "*") if isinstance(images, RuntimeParameter) else sources.split_pattern(images)
         inputs = proto.Input(splits=[proto.Input.Split(name="images", pattern=pattern)])
         super().__init__(
             input_base=base,

@@ -4,13 +4,62 @@ TFX's own fingerprint sees what the pattern matches, so for a folder of folders 
 changed deeper down, and the cache would serve stale images.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from tfx.components.example_gen import driver, input_processor
+from tfx.types import standard_component_specs
+from tfx.utils import proto_utils
 from tfx.v1 import proto
 
 from components.image_example_gen import sources
 from trainer_module.errors import UserError
+
+LATEST = "latest"  # of a span
+
+
+def resolve(exec_properties: Mapping[str, Any]) -> dict[str, Any]:
+    """Does what TFX's driver does, where a service gives the parameters of a run and has no driver of ours.
+
+    Args:
+        exec_properties: `input_base` may be whatever `--images` may be, and `range_config` a number, "latest", or a
+            RangeConfig as JSON.
+
+    Returns:
+        The properties with input base and pattern apart, span and version filled in, and the fingerprint of the files.
+
+    Raises:
+        UserError: nothing matches, there is no image, or no such span.
+    """
+    inputs = proto.Input()
+    proto_utils.json_to_proto(exec_properties[standard_component_specs.INPUT_CONFIG_KEY], inputs)
+    (split,) = inputs.splits
+    src = sources.join_pattern(exec_properties[standard_component_specs.INPUT_BASE_KEY], split.pattern)
+    base, split.pattern = sources.split_pattern(src)
+    return Driver(metadata_handle=None).resolve_exec_properties(
+        {
+            **exec_properties,
+            standard_component_specs.INPUT_BASE_KEY: base,
+            standard_component_specs.INPUT_CONFIG_KEY: proto_utils.proto_to_json(inputs),
+            standard_component_specs.RANGE_CONFIG_KEY: _range(
+                exec_properties.get(standard_component_specs.RANGE_CONFIG_KEY) or LATEST
+            ),
+        },
+        pipeline_info=None,
+        component_info=None,
+    )
+
+
+def _range(span: str) -> str | None:
+    if span == LATEST:
+        return None
+    if span.isdecimal():
+        number = int(span)
+        static = proto.StaticRange(start_span_number=number, end_span_number=number)
+        return proto_utils.proto_to_json(proto.RangeConfig(static_range=static))
+    if span.startswith("{"):
+        return span
+    raise UserError(f"span={span} is neither {LATEST!r} nor a number; e.g. span=7")
 
 
 class Driver(driver.FileBasedDriver):

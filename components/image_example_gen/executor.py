@@ -17,6 +17,7 @@ import apache_beam as beam
 import tensorflow as tf
 from tfx import types
 from tfx.components.example_gen import utils
+from tfx.components.example_gen.driver import update_output_artifact
 from tfx.components.util import examples_utils
 from tfx.dsl.components.base import base_beam_executor
 from tfx.types import artifact_utils, standard_component_specs
@@ -24,7 +25,7 @@ from tfx.utils import proto_utils
 from tfx.v1 import proto
 
 from components import disk
-from components.image_example_gen import codec, finding, sources
+from components.image_example_gen import codec, driver, finding, sources
 from components.image_example_gen.config import IngestConfig, NearDuplicates, from_json
 from components.image_example_gen.near_duplicates import Index, Prints
 from components.image_example_gen.parameters import unpack_parameters
@@ -87,6 +88,9 @@ class Executor(base_beam_executor.BaseBeamExecutor):
         """
         self._log_startup(input_dict, output_dict, exec_properties)
         examples = artifact_utils.get_single_instance(output_dict[standard_component_specs.EXAMPLES_KEY])
+        if utils.FINGERPRINT_PROPERTY_NAME not in exec_properties:  # no driver came before, as on Kubeflow
+            exec_properties = driver.resolve(exec_properties)
+            update_output_artifact(exec_properties, examples.mlmd_artifact)
         job = make_job(exec_properties, examples.uri)
         found = sources.survey(job.src)
         # As much as the source, and compressed archives once more while they are unpacked.

@@ -6,4 +6,4 @@ from tfx.types.artifact import Artifact
 class ModelCard(Artifact):
     """A folder with the card of one model: model_card.json, model_card.md and model_card.html."""
 
-    TYPE_NAME = "ModelCard"
+    TYPE_NAME = "components.ModelCard"  # see components/__init__.py

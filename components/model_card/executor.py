@@ -54,13 +54,14 @@ class Executor(base_executor.BaseExecutor):
         config: Mapping[str, Any],
         pictures: Pictures,
     ) -> Card:
+        training = facts.read_training(inputs["model_run"], config)
         return Card(
             name=exec_properties["name"],
             statement=statement,
             encoder=facts.read_json(posixpath.join(_export(inputs), FACTS_FILE)),
-            config=config,
+            config={**config, "train.epochs": training.epochs},  # a run may have set it
             data=facts.read_data(inputs["examples"]),
-            training=facts.read_training(inputs["model_run"], config),
+            training=training,
             evaluation=facts.read_evaluation(inputs["evaluation"], inputs["blessing"]),
             versions=facts.versions(exec_properties["project"]),
             code=json.loads(exec_properties["code"]),

@@ -62,7 +62,7 @@ def read_training(model_run: types.Artifact, config: Mapping[str, Any]) -> Train
     result = read_json(f"{model_run.uri}/{TRAINING_FILE}")
     return Training(
         steps=result["steps"],
-        epochs=config["train.epochs"],
+        epochs=result.get("epochs", config["train.epochs"]),
         global_batch=config["train.global_batch"],
         replicas=result["replicas"],
         strategy=result["strategy"],

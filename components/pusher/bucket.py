@@ -22,7 +22,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-import google.auth
 import google_crc32c
 from google.api_core.exceptions import (
     BadRequest,
@@ -37,13 +36,14 @@ from google.api_core.exceptions import (
     Unauthorized,
 )
 from google.api_core.retry import Retry, if_exception_type
-from google.auth.exceptions import DefaultCredentialsError, GoogleAuthError
+from google.auth.exceptions import GoogleAuthError
 from google.cloud.storage import Blob, Client, transfer_manager
 from google.cloud.storage.retry import DEFAULT_RETRY
 from google.resumable_media import DataCorruption
 from requests.exceptions import RequestException
 
 from components.pusher import pointer
+from components.pusher.credentials import default
 from components.pusher.directory import damaged
 from components.pusher.pointer import Event, Pointer, Survey, Version
 from components.pusher.publisher import Publisher, is_dead, this_publisher
@@ -83,14 +83,7 @@ def connect() -> Client:
     """
     if os.environ.get("STORAGE_EMULATOR_HOST"):
         return Client.create_anonymous_client()
-    try:
-        credentials, project = google.auth.default(scopes=(_SCOPE,))
-    except DefaultCredentialsError as error:
-        reason = str(error).splitlines()[0][:150]
-        raise UserError(
-            f"there are no credentials for gs:// ({reason}): log in with 'gcloud auth application-default login', or "
-            "set GOOGLE_APPLICATION_CREDENTIALS to a key file"
-        ) from error
+    credentials, project = default(_SCOPE, "gs://")
     # Objects need no project, but the client refuses to be made without one.
     return Client(project or "none", credentials)
 

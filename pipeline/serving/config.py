@@ -88,6 +88,18 @@ def option(field: str) -> str:
     return "--" + field.replace("_", "-")
 
 
+def check_range(field: str, value: float, low: float, high: float) -> None:
+    """Refuses a number that lies outside its range, both ends of which belong to it.
+
+    Raises:
+        UserError: names the option, its value and the nearest valid one.
+    """
+    if not (math.isfinite(value) and low <= value <= high):
+        nearest = low if not value > low else high
+        typed = option(field)
+        raise UserError(f"{typed} {value:g} must lie in {low:g} to {high:g}; e.g. {typed} {nearest:g}")
+
+
 def validate(config: ServeConfig) -> None:
     """Refuses values that cannot work.
 
@@ -95,11 +107,7 @@ def validate(config: ServeConfig) -> None:
         UserError: names the option, its value and the nearest valid one.
     """
     for field, (low, high) in _RANGES.items():
-        value = getattr(config, field)
-        if not (math.isfinite(value) and low <= value <= high):
-            nearest = low if not value > low else high
-            typed = option(field)
-            raise UserError(f"{typed} {value:g} must lie in {low:g} to {high:g}; e.g. {typed} {nearest:g}")
+        check_range(field, getattr(config, field), low, high)
     if not re.fullmatch(r"[\w.-]+", config.name):
         raise UserError(f"--name {config.name!r} may have letters, digits, '_', '-' and '.'; e.g. --name encoder")
     if config.rest_port == config.grpc_port != 0:

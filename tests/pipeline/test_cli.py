@@ -14,7 +14,21 @@ from pipeline import bench, cli
 from trainer_module.errors import UserError
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = ["demo", "run", "test", "embed", "search", "weights", "publish", "serve", "bench", "tpu-report"]
+COMMANDS = [
+    "demo",
+    "run",
+    "test",
+    "embed",
+    "search",
+    "weights",
+    "publish",
+    "serve",
+    "deploy",
+    "compile",
+    "submit",
+    "bench",
+    "tpu-report",
+]
 HEAVY = ("jax", "tensorflow", "tfx", "apache_beam", "pandas", "keras", "ml_metadata", "pyarrow")
 
 
@@ -82,6 +96,16 @@ def test_the_help_of_bench_lists_the_benchmarks_that_there_are(capsys):
         ["publish", "--to", "gs://no such", "--list"],
         ["serve", "--help"],
         ["serve", "--model", "x", "--max-batch", "0"],
+        ["deploy", "--help"],
+        ["deploy", "--target", "vertex", "--model", "gs://b-u-c/x/1", "--project", "my-project"],
+        ["deploy", "--target", "docker", "--model", "x", "--endpoint", "y"],
+        ["compile", "--help"],
+        ["compile", "--target", "vertex", "--config", "vertex_v5e_8", "--out", "x.yaml"],
+        ["compile", "--target", "vertex", "--config", "moco_v2", "--out", "x.json"],
+        ["compile", "--target", "airflow", "--config", "moco_v2", "--out", "x.json"],
+        ["submit", "--help"],
+        ["submit", "--target", "vertex"],
+        ["submit", "--target", "kubeflow", "--config", "demo"],
         ["bench", "--help"],
         ["tpu-report", "--help"],
         ["tpu-report", "--topology", "v5e:3x5"],
@@ -109,7 +133,13 @@ def test_help_and_refusals_import_nothing_heavy(arguments):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ([], ["no command", "demo, run, test, embed, search, weights, publish, serve, bench, tpu-report"]),
+        (
+            [],
+            [
+                "no command",
+                "demo, run, test, embed, search, weights, publish, serve, deploy, compile, submit, bench, tpu-report",
+            ],
+        ),
         (["rnu"], ["'rnu'", "did you mean run?"]),
         (["--debgu"], ["--debgu", "the command comes first"]),
         (["run"], ["--images", "--workdir", "./moco run --help"]),

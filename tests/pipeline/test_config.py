@@ -32,11 +32,15 @@ def refusal(*overrides: str, base: str = "moco_v2") -> str:
 # Presets.
 
 
-def test_the_presets_are_these_four():
-    assert preset_names() == ["cifar", "demo", "moco_v1", "moco_v2"]
+def test_the_presets_are_four_recipes_and_examples_for_the_cloud():
+    recipes = [name for name in preset_names() if not name.startswith("vertex_")]
+    assert recipes == ["cifar", "demo", "moco_v1", "moco_v2"]
+    assert set(preset_names()) - set(recipes) == {
+        "vertex_cpu", "vertex_v3_8", "vertex_v4_8", "vertex_v5e_16", "vertex_v5e_64", "vertex_v5e_8"
+    }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["cifar", "demo", "moco_v1", "moco_v2"])
+@pytest.mark.parametrize("name", preset_names())
 def test_each_preset_loads_bears_its_name_and_says_what_it_is_for(name):
     assert load(name).name == name
     header = (configuration.PRESETS / f"{name}.yaml").read_text().split("\n\n")[0]
@@ -232,10 +236,38 @@ def test_what_cannot_be_read_is_refused_in_one_line_with_the_mend(override, word
         (["train.tpu.name=pod", "train.strategy=single"], ["train.tpu.name=pod", "e.g. train.strategy=tpu"]),
         (["train.checkpoints=s3://bucket/run"], ["train.checkpoints=s3://bucket/run", "gs://BUCKET/PATH"]),
         (["train.epochs=3", "train.epochs=4"], ["train.epochs", "twice", "3 and 4"]),
+        (["cloud.root=/tmp/moco"], ["cloud.root=/tmp/moco", "gs://BUCKET/PATH"]),
+        (["cloud.labels=[Team=a]"], ["Team=a", "e.g. cloud.labels=[team=vision]"]),
     ],
 )
 def test_what_cannot_work_together_is_refused_with_the_nearest_valid_value(overrides, words):
     text = refusal(*overrides)
+    for word in words:
+        assert word in text
+
+
+@pytest.mark.parametrize(
+    ("base", "overrides", "words"),
+    [
+        ("vertex_v5e_8", ["cloud.trainer.topology=4x4"], ["topology=4x4", "ct5lp-hightpu-8t", "topology=2x4"]),
+        ("vertex_v5e_8", ["cloud.trainer.topology=''"], ["topology=''", "topology=2x4"]),
+        ("vertex_v5e_8", ["cloud.region=us-east1"], ["cloud.region=us-east1", "v5e", "e.g. cloud.region=us-central1"]),
+        ("vertex_v5e_8", ["cloud.trainer.accelerator=TPU_V3"], ["two forms", "2x4", "TPU_V3"]),
+        ("vertex_v5e_8", ["cloud.trainer.machine_type=n2-standard-8"], ["no use", "machine_type=ct5lp-hightpu-8t"]),
+        ("vertex_v5e_8", ["cloud.trainer.machine_type=ct6e-standard-4t", "cloud.trainer.topology=''"], ["2.16"]),
+        ("vertex_v5e_8", ["train.strategy=single", "train.key_bn.mode=split"], ["idle", "e.g. train.strategy=tpu"]),
+        ("vertex_v5e_16", ["train.global_batch=520"], ["the 16 cores", "512 or 528"]),
+        ("vertex_v5e_64", ["train.key_bn.mode=all_to_all"], ["to 64 replicas", "e.g. train.key_bn.mode=auto"]),
+        ("vertex_v3_8", ["cloud.trainer.count=32"], ["cloud.trainer.count=32"]),
+        ("vertex_v3_8", ["cloud.trainer.count=4"], ["8 cores", "e.g. cloud.trainer.count=8"]),
+        ("vertex_v3_8", ["cloud.trainer.accelerator=TPU_V5"], ["TPU_V5", "e.g. cloud.trainer.accelerator=TPU_V3"]),
+        ("vertex_v3_8", ["cloud.trainer.machine_type=n1-highmem-8"], ["e.g. cloud.trainer.machine_type=cloud-tpu"]),
+        ("vertex_v3_8", ["cloud.region=asia-east1"], ["v3", "us-central1, europe-west4"]),
+        ("vertex_v4_8", ["cloud.region=us-central1"], ["v4", "e.g. cloud.region=us-central2"]),
+    ],
+)
+def test_a_training_machine_that_is_not_to_be_had_is_refused(base, overrides, words):
+    text = refusal(*overrides, base=base)
     for word in words:
         assert word in text
 

@@ -1,0 +1,76 @@
+"""The hosts of a slice: each finds out which it is, lends its devices, and ends when the training has ended."""
+
+import socket
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from trainer_module import tpu_slice
+from trainer_module.errors import UserError
+from trainer_module.tpu_slice import Host, this_host
+
+COORDINATOR = """
+import sys
+import tensorflow as tf
+cluster = tf.distribute.cluster_resolver.SimpleClusterResolver(tf.train.ClusterSpec({"worker": sys.argv[1].split(",")}))
+tf.config.experimental_connect_to_cluster(cluster)
+for task in (0, 1):
+    with tf.device(f"/job:worker/task:{task}"):
+        print((tf.constant(20) + 1).device)
+"""
+
+
+def free_ports(count):
+    with_ports = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    addresses = tuple(f"127.0.0.1:{server.getsockname()[1]}" for server in with_ports)
+    for server in with_ports:
+        server.close()
+    return addresses
+
+
+def test_googles_tpu_machines_name_the_hosts():
+    host = this_host({"TPU_WORKER_ID": "2", "TPU_WORKER_HOSTNAMES": "a,b,c,d"}, 4)
+    assert host == Host(2, ("a:8470", "b:8470", "c:8470", "d:8470"))
+    assert host.name == "grpc://a:8470,grpc://b:8470,grpc://c:8470,grpc://d:8470"
+
+
+def test_else_vertexs_cluster_does_the_first_pool_first():
+    cluster = '{"cluster": {"workerpool0": ["x-0:2222"], "workerpool1": ["y-0:2222", "y-1:2222"]}, "task": %s}'
+    for task, index in (('{"type": "workerpool0", "index": 0}', 0), ('{"type": "workerpool1", "index": 1}', 2)):
+        assert this_host({"CLUSTER_SPEC": cluster % task}, 3) == Host(index, ("x-0:8470", "y-0:8470", "y-1:8470"))
+
+
+@pytest.mark.parametrize("environment", [{}, {"TPU_WORKER_ID": "0", "TPU_WORKER_HOSTNAMES": "localhost"}])
+def test_hosts_that_the_service_does_not_name_are_refused(environment):
+    with pytest.raises(UserError, match="the slice has 4 hosts"):
+        this_host(environment, 4)
+
+
+def test_a_host_that_never_comes_is_waited_for_no_longer_than_said():
+    with pytest.raises(TimeoutError, match="does not answer"):
+        tpu_slice.wait_for_hosts(Host(0, free_ports(1)), seconds=0.0)
+
+
+def test_the_coordinator_drives_every_hosts_server_and_the_others_end_after_it():
+    addresses = free_ports(2)
+    ended = threading.Event()
+
+    def other_host():
+        with tpu_slice.tpu_lent(Host(1, addresses)):
+            tpu_slice.wait_for_coordinator(Host(1, addresses), poll=0.05)
+        ended.set()
+
+    threading.Thread(target=other_host, daemon=True).start()
+    with tpu_slice.tpu_lent(Host(0, addresses)):
+        tpu_slice.wait_for_hosts(Host(0, addresses))
+        said = subprocess.run(
+            [sys.executable, "-c", COORDINATOR, ",".join(addresses)], capture_output=True, text=True, check=True
+        )
+        assert not ended.is_set()
+    assert [line.partition("/device")[0] for line in said.stdout.split()] == [
+        "/job:worker/replica:0/task:0",
+        "/job:worker/replica:0/task:1",
+    ]
+    assert ended.wait(60)

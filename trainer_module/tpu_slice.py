@@ -1,0 +1,131 @@
+"""The hosts of a TPU slice: which there are, and the TensorFlow server by which each lends its chips."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+
+from trainer_module.errors import UserError
+
+PORT = 8470  # at which TensorFlow expects a host of a TPU
+LOAD_LIBRARY = "TPU_LOAD_LIBRARY"  # 0: this process leaves the chips to another one
+_START_SECONDS = 1800.0  # until the last host of a slice has loaded its image
+_POLL_SECONDS = 2.0
+_GONE_AFTER = 5  # looks in a row
+
+
+@dataclasses.dataclass(frozen=True)
+class Host:
+    """One host of a slice.
+
+    Attributes:
+        index: its number; 0 coordinates.
+        addresses: HOST:PORT of the TensorFlow server of each host, in order.
+    """
+
+    index: int
+    addresses: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """The slice, as train.tpu.name takes it."""
+        return ",".join(f"grpc://{address}" for address in self.addresses)
+
+
+def this_host(environment: Mapping[str, str], hosts: int) -> Host:
+    """Which host this is, by what the service sets.
+
+    Args:
+        environment: TPU_WORKER_ID and TPU_WORKER_HOSTNAMES of Google's TPU machines, else CLUSTER_SPEC of a Vertex job
+            (cloud.google.com/vertex-ai/docs/training/distributed-training, "CLUSTER_SPEC format").
+        hosts: how many the slice has.
+
+    Raises:
+        UserError: they are not named, or they are not so many.
+    """
+    index, names = _named(environment)
+    if len(names) != hosts:
+        raise UserError(
+            f"the slice has {hosts} hosts and this machine is told of {len(names)} ({','.join(names) or 'none'}); "
+            "TPU_WORKER_ID and TPU_WORKER_HOSTNAMES must name them"
+        )
+    return Host(index, tuple(f"{name}:{PORT}" for name in names))
+
+
+def _named(environment: Mapping[str, str]) -> tuple[int, list[str]]:
+    if names := [name for name in environment.get("TPU_WORKER_HOSTNAMES", "").split(",") if name]:
+        return int(environment.get("TPU_WORKER_ID", "0")), names
+    told = json.loads(environment.get("CLUSTER_SPEC", "{}"))
+    pools = told.get("cluster", {})
+    names = [address.rpartition(":")[0] for pool in sorted(pools) for address in pools[pool]]
+    task = told.get("task", {"type": "", "index": 0})
+    before = sum(len(pools[pool]) for pool in sorted(pools) if pool < task["type"])
+    return before + int(task["index"]), names
+
+
+@contextlib.contextmanager
+def tpu_lent(host: Host) -> Iterator[None]:
+    """Runs a TensorFlow server with this host's chips, for the time of the context.
+
+    It is a process of its own, since a TensorFlow that coordinates must not hold the chips.
+    """
+    environment = {**os.environ, LOAD_LIBRARY: "1"}
+    server = subprocess.Popen([sys.executable, "-m", __name__, json.dumps(dataclasses.asdict(host))], env=environment)
+    try:
+        yield
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def wait_for_hosts(host: Host, seconds: float = _START_SECONDS) -> None:
+    """Waits until every host lends its TPU.
+
+    Raises:
+        TimeoutError: one does not.
+    """
+    until = time.monotonic() + seconds
+    for address in host.addresses:
+        while not _answers(address):
+            if time.monotonic() > until:
+                raise TimeoutError(f"{address} of the TPU slice does not answer after {seconds:.0f} s")
+            time.sleep(_POLL_SECONDS)
+
+
+def wait_for_coordinator(host: Host, seconds: float = _START_SECONDS, poll: float = _POLL_SECONDS) -> None:
+    """Waits until host 0 has come, and then until it has gone: the end of the training, or of that machine.
+
+    Raises:
+        TimeoutError: it never came.
+    """
+    wait_for_hosts(Host(host.index, host.addresses[:1]), seconds)
+    silent = 0
+    while silent < _GONE_AFTER:
+        time.sleep(poll)
+        silent = 0 if _answers(host.addresses[0]) else silent + 1
+
+
+def _answers(address: str) -> bool:
+    name, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((name, int(port)), timeout=5.0).close()
+    except OSError:
+        return False
+    return True
+
+
+def _serve(host: Host) -> None:
+    import tensorflow as tf
+
+    cluster = tf.train.ClusterSpec({"worker": list(host.addresses)})
+    tf.distribute.Server(cluster, job_name="worker", task_index=host.index, protocol="grpc").join()
+
+
+if __name__ == "__main__":
+    _told = json.loads(sys.argv[1])
+    _serve(Host(_told["index"], tuple(_told["addresses"])))
