@@ -82,6 +82,7 @@ def _dispatch(arguments: list[str]) -> int:
         "search": _search,
         "weights": _weights,
         "publish": _publish,
+        "lineage": _lineage,
         "serve": _serve,
         "bench": _bench,
         "tpu-report": _tpu_report,
@@ -337,6 +338,32 @@ TensorFlow Serving takes the highest version, whatever latest.json says; after a
     _add_talk(parser)
 
 
+def _add_lineage(parser: argparse.ArgumentParser) -> None:
+    parser.description = """\
+Tells which images (source, span, counts, manifest), settings, code and runs made a published encoder, by the metadata
+of the working directory; of an encoder from elsewhere what its card says."""
+    parser.epilog = """\
+examples:
+  ./moco lineage --model moco-demo/serving/encoder
+  ./moco lineage --model 1795410158 --workdir moco-demo
+  ./moco lineage --model gs://bucket/encoder --workdir runs/photos --json"""
+    parser.add_argument(
+        "--model",
+        required=True,
+        action=_Once,
+        metavar="VERSION|PATH",
+        help="the number of a version, its path, or a folder of versions, of which the one in service is taken",
+    )
+    parser.add_argument(
+        "--workdir",
+        action=_Once,
+        metavar="DIR",
+        help="working directory of the run that published it (default: the one that the path lies in)",
+    )
+    parser.add_argument("--json", action="store_true", help="print all there is for programs")
+    _add_talk(parser)
+
+
 def _add_serve(parser: argparse.ArgumentParser) -> None:
     from pipeline.serving.config import ServeConfig, option
 
@@ -458,6 +485,7 @@ _COMMANDS = {
     "search": (_add_search, "find the images nearest to others among embedded ones"),
     "weights": (_add_weights, "write a published encoder's weights for PyTorch"),
     "publish": (_add_publish, "publish encoders, list the published ones, go back, remove old ones"),
+    "lineage": (_add_lineage, "tell which images, settings, code and runs made a published encoder"),
     "serve": (_add_serve, "serve an encoder by TensorFlow Serving's REST and gRPC"),
     "bench": (_add_bench, "measure speed and memory"),
     "tpu-report": (_add_tpu_report, "compile the training step for TPUs that need not be there"),
@@ -576,6 +604,21 @@ def _publish(options: argparse.Namespace) -> int:
             version=options.rollback,
             keep=int(options.keep) if options.keep else None,
         ):
+            console.line(line)
+    return DONE
+
+
+def _lineage(options: argparse.Namespace) -> int:
+    from pipeline import console
+
+    console.quiet(options.verbose)
+    from pipeline.lineage import lineage, text
+
+    found = lineage.find(os.path.expanduser(options.model), options.workdir)
+    if options.json:
+        sys.stdout.write(text.to_json(found))
+    else:
+        for line in text.lines(found):
             console.line(line)
     return DONE
 
@@ -733,7 +776,7 @@ def user_error(error: BaseException) -> str | None:
         if isinstance(link, UserError):
             return _without_step(str(link))
     for link in chain:
-        if isinstance(link, OSError) and link.errno == errno.ENOSPC:
+        if isinstance(link, OSError) and link.errno in (errno.ENOSPC, errno.EDQUOT):
             where = f" while writing {link.filename}" if link.filename else ""
             return f"no space left on the disk{where}; free some or choose another folder"
     for link in chain:
@@ -744,8 +787,11 @@ def user_error(error: BaseException) -> str | None:
         text = str(link)
         if found := re.search(r"^(?:[\w.]+\.)?UserError: (.+)$", text, re.MULTILINE):
             return _without_step(found[1])
-        if re.search(r"\[Errno 28\]|No space left on device|database or disk is full", text):
+        if re.search(r"\[Errno 28\]|No space left on device|Disk quota exceeded|database or disk is full", text):
             return "no space left on the disk; free some or choose another folder"
+        # What ML Metadata says after its own tries.
+        if "Concurrent writes aborted after max number of retries" in text:
+            return "the metadata database is locked by another program; close what has it open, and run again"
     return None
 
 

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import math
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
@@ -307,6 +308,7 @@ class Watch:
 
 _MEASURED = frozenset(field.name for field in dataclasses.fields(Interval)) & frozenset(Metrics._fields)
 _COUNTERS = ("step", "steps", "epoch")
+_EVENTS = re.compile(r"events\.out\.tfevents\.(?P<time>\d+)\.(?P<rest>.+)")
 
 
 def _steps_of(value: Any) -> NDArray[np.float64]:
@@ -320,8 +322,23 @@ def _mark_start(step: int, folder: str) -> None:
     """
     now = time.time()
     tf.io.gfile.makedirs(folder)
+    _put_into_the_past(folder, int(now))
     # TensorBoard reads the files of a folder in the order of their names.
     with tf.io.TFRecordWriter(f"{folder}/events.out.tfevents.{int(now):010d}.0.started-at-{step}") as file:
         file.write(tf.compat.v1.Event(wall_time=now, file_version="brain.Event:2").SerializeToString())
         began = tf.compat.v1.SessionLog(status=tf.compat.v1.SessionLog.START)
         file.write(tf.compat.v1.Event(wall_time=now, step=step + 1, session_log=began).SerializeToString())
+
+
+def _put_into_the_past(folder: str, now: int) -> None:
+    """Renames the files of earlier starts, in their order, where by their names they are not earlier than now.
+
+    TensorFlow names its files by the clock, which may have been put back since.
+    """
+    files = sorted((name, match) for name in tf.io.gfile.listdir(folder) if (match := _EVENTS.fullmatch(name)))
+    if all(int(match["time"]) < now for _, match in files):
+        return
+    for number, (name, match) in enumerate(files):
+        earlier = f"events.out.tfevents.{number:010d}.{match['rest']}"
+        if earlier != name:  # a start that was killed in the midst of this may have renamed it
+            tf.io.gfile.rename(f"{folder}/{name}", f"{folder}/{earlier}")

@@ -14,7 +14,7 @@ from pipeline import bench, cli
 from trainer_module.errors import UserError
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = ["demo", "run", "test", "embed", "search", "weights", "publish", "serve", "bench", "tpu-report"]
+COMMANDS = ["demo", "run", "test", "embed", "search", "weights", "publish", "lineage", "serve", "bench", "tpu-report"]
 HEAVY = ("jax", "tensorflow", "tfx", "apache_beam", "pandas", "keras", "ml_metadata", "pyarrow")
 
 

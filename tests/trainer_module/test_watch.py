@@ -158,11 +158,15 @@ def test_a_resumed_run_tells_each_step_once(tmp_path: Path):
     assert [line["steps"] for line in found] == [4, 4, 2, 4, 4, 4]
 
 
-def test_tensorboard_shows_each_step_of_a_resumed_run_once(tmp_path: Path):
-    watch = make(tmp_path)
-    drive(watch, 0, 18)
-    watch.result()  # writes the points out
-    time.sleep(1)  # names of the files have seconds
+@pytest.mark.parametrize("ahead", [0, 86_400, 3_000_000_000])
+def test_tensorboard_shows_each_step_of_a_resumed_run_once_even_if_the_clock_was_put_back(tmp_path: Path, ahead: int):
+    for start in (0, 10):
+        watch = make(tmp_path, start=start)
+        drive(watch, start, 18)
+        watch.result()  # writes the points out
+        for file in (tmp_path / "train").glob("events.*"):  # what they are called where the clock was ahead
+            number = file.name.split(".")[3]
+            file.rename(file.with_name(file.name.replace(number, f"{int(number) + ahead:010d}", 1)))
     resumed = make(tmp_path, start=10)
     drive(resumed, 10, TOTAL)
     resumed.result()
