@@ -423,6 +423,7 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", metavar="NAME", help=", ".join(names))
     parser.add_argument("--json", metavar="FILE", help="also write the figures there")
     parser.add_argument("--out", metavar="DIR", help="folder for pictures, and to go on from if interrupted (leak)")
+    parser.add_argument("--count", type=int, action=_Once, metavar="N", help="how many times (kills)")
     _add_talk(parser)
 
 
@@ -648,10 +649,12 @@ def _bench(options: argparse.Namespace) -> int:
         near = difflib.get_close_matches(options.name, names, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
         raise UserError(f"{options.name!r} is no benchmark; {hint}Benchmarks: {', '.join(names) or 'none'}")
+    if options.count is not None and options.count < 1:
+        raise UserError(f"--count {options.count} must be at least 1; e.g. --count 50")
     console.quiet(options.verbose)
     console.prefer_onednn()
     with console.progress_shown():
-        bench.run(options.name, options.json, options.out)
+        bench.run(options.name, options.json, options.out, options.count)
     return DONE
 
 

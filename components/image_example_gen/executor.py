@@ -37,7 +37,8 @@ QUARANTINE_FILE = "quarantine.jsonl"
 _SCRATCH = ".scratch"
 _BATCH = 64  # image files listed together, which one call reads with its threads
 _SPACE_MARGIN = 1.05
-_MANIFEST = ("manifest",)  # key among the counts, since it is summed as they are
+_MANIFEST = "manifest"  # among the counts, since it is summed as they are
+_DIGIT_BITS = 32  # Beam's integers have 64, so 2^31 images can be summed digit by digit
 
 Counts = dict[tuple[str, ...], int]
 
@@ -358,7 +359,7 @@ class WriteShard(_ThreadedDoFn):
         total = sum(images for _, images in sizes.values())
         name = shard_name(index, shards)
         scratch = f"{self._job.scratch}/{uuid.uuid4().hex}"
-        counts: Counts = collections.Counter()
+        counts: collections.Counter[tuple[str, ...]] = collections.Counter()
         prints: list[tuple[int, str]] = []
         with tf.io.TFRecordWriter(scratch) as writer:
             for record, size, label, bad in self._threads.in_order(
@@ -375,7 +376,7 @@ class WriteShard(_ThreadedDoFn):
                 counts[("bytes",)] += size
                 counts[("split", split)] += 1
                 counts[("unlabelled",) if label is None else ("label", label, split)] += 1
-                counts[_MANIFEST] += identity(record[1], split, label)
+                counts.update(identity(record[1], split, label))
         # A retry of this bundle writes the same bytes under the same name.
         tf.io.gfile.rename(scratch, f"{self._job.split_folder(split)}/{name}", overwrite=True)
         yield beam.pvalue.TaggedOutput("prints", (split, Prints.of(prints)))
@@ -435,8 +436,8 @@ def encode_example(record: tuple[codec.Canonical, str, sources.Ref], split: str)
     return example.SerializeToString(deterministic=True)
 
 
-def identity(sha: str, split: str, label: str | None) -> int:
-    """What one image adds to the manifest: the SHA-256 of split, content and label, as a number.
+def identity(sha: str, split: str, label: str | None) -> Counts:
+    """What one image adds to the manifest: the SHA-256 of split, content and label as a number, digit by digit.
 
     The manifest of a data set is the sum over its images, modulo 2^256, in hex. A sum depends neither on the order nor
     on shards, workers or paths, and takes no memory and no shuffle, which a hash of the sorted identities would; an
@@ -448,7 +449,16 @@ def identity(sha: str, split: str, label: str | None) -> int:
         split: that the image is in.
         label: None where it has none.
     """
-    return int.from_bytes(hashlib.sha256(json.dumps([split, sha, label]).encode()).digest(), "big")
+    digest = hashlib.sha256(json.dumps([split, sha, label]).encode()).digest()
+    size = _DIGIT_BITS // 8
+    digits = [int.from_bytes(digest[at : at + size], "little") for at in range(0, len(digest), size)]
+    return {(_MANIFEST, str(place)): digit for place, digit in enumerate(digits)}
+
+
+def manifest(counts: Counts) -> str:
+    """The manifest, 64 hexadecimal digits; see `identity`."""
+    total = sum(value << (_DIGIT_BITS * int(key[1])) for key, value in counts.items() if key[0] == _MANIFEST)
+    return f"{total % 2**256:064x}"
 
 
 def shard_count(size: int, shard_mb: float) -> int:
@@ -517,7 +527,7 @@ def _rewrite(element: tuple[str, Iterable[bytes]], job: Job) -> Counts:
     """Takes images out of a shard, whose file is replaced as a whole; all shards were written before."""
     path, shas = element[0], set(element[1])
     scratch = f"{job.scratch}/{uuid.uuid4().hex}"
-    counts: Counts = collections.Counter()
+    counts: collections.Counter[tuple[str, ...]] = collections.Counter()
     with tf.io.TFRecordWriter(scratch) as writer:
         for record in tf.compat.v1.io.tf_record_iterator(path):
             features = tf.train.Example.FromString(record).features.feature
@@ -531,7 +541,7 @@ def _rewrite(element: tuple[str, Iterable[bytes]], job: Job) -> Counts:
             counts[("split", split)] -= 1
             counts[("label", label[0].decode(), split) if label else ("unlabelled",)] -= 1
             sha = features["image/sha256"].bytes_list.value[0].decode()
-            counts[_MANIFEST] -= identity(sha, split, label[0].decode() if label else None)
+            counts.subtract(identity(sha, split, label[0].decode() if label else None))
     tf.io.gfile.rename(scratch, path, overwrite=True)
     return dict(counts)
 
@@ -611,7 +621,7 @@ def _summary(job: Job, counts: Counts) -> dict[str, Any]:
         **by_split,
         "unlabelled": counts.get(("unlabelled",), 0),
         "bytes": counts.get(("bytes",), 0),
-        "manifest": f"{counts.get(_MANIFEST, 0) % 2**256:064x}",
+        "manifest": manifest(counts),
         "labels": labels,
     }
 

@@ -100,23 +100,28 @@ def _tree(graph: Graph, root: int, runs: tuple[str, ...]) -> Iterator[str]:
     told: set[int] = set()
 
     def below(execution: Execution, lead: str) -> Iterator[str]:
-        makers: dict[int, list[str]] = {}
-        for key, ids in execution.inputs.items():
-            for one in ids if key not in ASIDE else ():
-                if maker := graph.maker(one):
-                    makers.setdefault(maker.id, []).append(f"{_artifact(graph, one)}")
-        for number, (maker, used) in enumerate(makers.items(), start=1):
-            last = number == len(makers)
-            again = maker in told
-            told.add(maker)
-            words = _execution(graph.executions[maker], runs, again=again)
-            yield f"{lead}{'└─ ' if last else '├─ '}{', '.join(used)} by {words}"
+        branches = list(_made_by(graph, execution).items())
+        for place, (number, used) in enumerate(branches, start=1):
+            last, again = place == len(branches), number in told
+            told.add(number)
+            maker = graph.executions[number]
+            yield f"{lead}{'└─ ' if last else '├─ '}{', '.join(used)} by {_execution(maker, runs, again=again)}"
             if not again:
-                yield from below(graph.executions[maker], lead + ("   " if last else "│  "))
+                yield from below(maker, lead + ("   " if last else "│  "))
 
     if first := graph.maker(root):
         yield f"{_artifact(graph, root)} by {_execution(first, runs, again=False)}"
         yield from below(first, "")
+
+
+def _made_by(graph: Graph, execution: Execution) -> dict[int, list[str]]:
+    """The executions that made what one was given, each with what it was given of it."""
+    found: dict[int, list[str]] = {}
+    for key, ids in execution.inputs.items():
+        for one in ids if key not in ASIDE else ():
+            if maker := graph.maker(one):
+                found.setdefault(maker.id, []).append(_artifact(graph, one))
+    return found
 
 
 def _artifact(graph: Graph, number: int) -> str:

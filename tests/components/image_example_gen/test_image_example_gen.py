@@ -315,7 +315,7 @@ def manifest_of(uri: pathlib.Path) -> str:
     for row in read_all(uri):
         label = row["image/label"].decode() if "image/label" in row else None
         what = [row["image/split"].decode(), row["image/sha256"].decode(), label]
-        total += int.from_bytes(hashlib.sha256(json.dumps(what).encode()).digest(), "big")
+        total += int.from_bytes(hashlib.sha256(json.dumps(what).encode()).digest(), "little")
     return f"{total % 2**256:064x}"
 
 
