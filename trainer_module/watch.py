@@ -12,7 +12,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 import numpy as np
@@ -149,7 +149,8 @@ class Watch:
         self._waited: list[tf.Tensor | float] = []
         self._seen = self._closed = self._clock_from = start
         self._clock = self._reported = self._flushed = time.monotonic()
-        self._last_steps: collections.deque[Metrics] = collections.deque(maxlen=steps_per_epoch)
+        # A start in the midst of the last epoch answers for all of it.
+        self._last_steps = collections.deque(_steps_in(self._file.kept), maxlen=steps_per_epoch)
         self._intervals: list[Interval] = []  # of the last epoch
         self._figures: dict[str, float] = {}
 
@@ -309,6 +310,13 @@ class Watch:
 _MEASURED = frozenset(field.name for field in dataclasses.fields(Interval)) & frozenset(Metrics._fields)
 _COUNTERS = ("step", "steps", "epoch")
 _EVENTS = re.compile(r"events\.out\.tfevents\.(?P<time>\d+)\.(?P<rest>.+)")
+
+
+def _steps_in(intervals: Iterable[Interval]) -> Iterator[Metrics]:
+    """The steps of earlier starts, each with the figures of its interval."""
+    for interval in intervals:
+        values = {name: getattr(interval, name) for name in Metrics._fields}
+        yield from [Metrics(**values)] * interval.steps
 
 
 def _steps_of(value: Any) -> NDArray[np.float64]:

@@ -1,5 +1,6 @@
 """The watch: figures of each interval, curves that survive kills, alarms, and the time spent waiting for the input."""
 
+import dataclasses
 import json
 import logging
 import math
@@ -119,6 +120,16 @@ def test_the_result_is_the_average_of_the_last_epoch(tmp_path: Path):
     assert result.final_loss == pytest.approx(21.5)  # steps 19 to 24
     assert (result.pretext_top1, result.alignment) == (pytest.approx(0.5), pytest.approx(0.4))
     assert result.images_per_second > 0
+
+
+def test_the_result_of_a_run_that_was_resumed_in_its_last_epoch_is_that_of_all_of_it(tmp_path: Path):
+    every_step = dataclasses.replace(CONFIG, log_steps=1)
+    watch = make(tmp_path, config=every_step)
+    drive(watch, 0, 22)
+    watch.check_finite(22, of_step(22))  # killed after the checkpoint
+    resumed = make(tmp_path, start=22, config=every_step)
+    drive(resumed, 22, TOTAL)
+    assert resumed.result().final_loss == pytest.approx(21.5)  # steps 19 to 24
 
 
 def test_knn_is_measured_each_e_epochs_and_at_the_end_and_ends_an_interval(tmp_path: Path):
