@@ -160,7 +160,7 @@ class _Metadata(metadata.Metadata):
     """A connection that waits for other programs first, so that what a stage has done is not lost to their lock."""
 
     def __enter__(self) -> metadata.Metadata:
-        database.wait_until_free(Path(self._connection_config.sqlite.filename_uri))
+        database.wait_until_free(Path(self.connection_config.sqlite.filename_uri))
         return super().__enter__()
 
 
