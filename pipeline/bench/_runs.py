@@ -71,6 +71,7 @@ ALLOWED = (
         r".*/model_card\.json", "numbers of executions, and a digest of saved_model.pb", ("lineage", "model_sha256")
     ),
     Allowed(r".*/model_card\.md", "the same in words"),
+    Allowed(r"Evaluator/evaluation/eval_config\.json", "the model's folder, by its execution", ("modelLocations",)),
 )
 UNTOLD = r"Trainer/model_run/train/events\..*"  # TensorBoard's files: one for each start, by time and process
 

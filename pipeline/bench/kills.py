@@ -1,7 +1,7 @@
 """Runs that are killed at random moments (--count of them) and continued, against an unbroken run, byte by byte.
 
-Fails where a file differs that must not, or something half-written stays. 50 kills take about a quarter of an hour on
-two cores.
+Fails where a file differs that must not, or something half-written stays. 50 kills take about half an hour on two
+cores.
 """
 
 import collections

@@ -16,6 +16,7 @@ from pipeline.lineage.graph import ASIDE, Artifact, Execution, Graph, Store
 from trainer_module.errors import UserError
 
 _SHOWN = 5  # versions in one line
+_ARTIFACT = 3  # parts of an artifact's path below the root: component, output, execution
 _PUSHED, _CARD = "PushedModel", "model_card"
 _COUNTS = ("read", "ingested", "train", "eval", "quarantined", "duplicates", "near_duplicates_dropped", "unlabelled")
 
@@ -117,14 +118,17 @@ def find(model: str, workdir: str | None) -> Lineage:
 def _of_version(number: str, workdir: str | None) -> Lineage:
     if workdir is None:
         raise UserError(f"--model {number}: a version's number needs --workdir DIR; or give the path of the version")
-    store = _open(Path(workdir).expanduser())
+    home = Path(workdir).expanduser()
+    store = _open(home)
     pushed = [one for one in store.artifacts(_PUSHED) if one.properties.get("pushed_version")]
     found = next((one for one in pushed if one.properties["pushed_version"] == number), None)
     if found is None:
         raise UserError(f"--model {number}: no such version was published from {workdir}; {_others(number, pushed)}")
     model = Model(number, found.properties["pushed_destination"], None)
-    # The archive stays where the version itself was removed.
-    return _traced(store, found, model, read_card(model.path) or read_card(found.uri))
+    # The archive stays where the version itself was removed; and the working directory may have been moved since.
+    moved = home.joinpath("artifacts", *Path(found.uri).parts[-_ARTIFACT:])
+    cards = (read_card(path) for path in (model.path, found.uri, str(moved)))
+    return _traced(store, found, model, next((card for card in cards if card), {}))
 
 
 def _others(number: str, pushed: Sequence[Artifact]) -> str:
@@ -134,7 +138,7 @@ def _others(number: str, pushed: Sequence[Artifact]) -> str:
     if not versions:
         return "none was"
     more = f" and {len(versions) - _SHOWN} more" if len(versions) > _SHOWN else ""
-    return f"there are {', '.join(versions[:_SHOWN])}{more}, nearest first"
+    return f"nearest: {', '.join(versions[:_SHOWN])}{more}"
 
 
 def _of_path(path: str, workdir: str | None) -> Lineage:

@@ -42,7 +42,8 @@ class Recorder:
         for artifact, _ in pairs:
             artifact.CopyFrom(known[artifact.id])
         for key, (name, properties) in outputs.items():
-            pairs.append((self._artifact(name, key, properties), _event(OUTPUT, key)))
+            uri = str(self.home / "artifacts" / component / key / run)
+            pairs.append((self._artifact(name, uri, properties), _event(OUTPUT, key)))
         contexts = [self._context("pipeline_run", run), self._context("node", f"moco.{component}")]
         number, artifacts, _ = self._store.put_execution(execution, pairs, contexts)
         return {"": number, **dict(zip(outputs, artifacts[len(inputs) :], strict=True))}
@@ -97,14 +98,15 @@ class Recorder:
             {"pushed_model": ("PushedModel", {"pushed_version": version, "pushed_destination": str(path)})},
             custom_config=json.dumps({"code": "c4", "keep": 0}),
         )
-        write_version(path, card(run, described[""]))
+        for folder in (path, self.home / "artifacts" / "Pusher" / "pushed_model" / run):
+            write_version(folder, card(run, described[""]))
         return {"images": gen["examples"], "model": trained["model"], "pushed": pushed["pushed_model"]}
 
-    def _artifact(self, name: str, key: str, properties: dict[str, Any]) -> metadata_store_pb2.Artifact:
+    def _artifact(self, name: str, uri: str, properties: dict[str, Any]) -> metadata_store_pb2.Artifact:
         kind = self._store.put_artifact_type(
             metadata_store_pb2.ArtifactType(name=name), can_add_fields=True, can_omit_fields=True
         )
-        artifact = metadata_store_pb2.Artifact(type_id=kind, uri=str(self.home / "artifacts" / key))
+        artifact = metadata_store_pb2.Artifact(type_id=kind, uri=uri)
         _set(artifact, properties)
         return artifact
 

@@ -142,10 +142,14 @@ def test_a_model_from_elsewhere_is_told_by_its_card_and_never_mistaken_for_one_o
     assert "code       Trainer" in out
 
 
-def test_a_version_whose_files_are_gone_is_still_known(capsys, recorder, home):
+def test_a_version_is_known_by_its_number_if_it_is_gone_and_the_working_directory_was_moved(
+    capsys, recorder, home, tmp_path
+):
     recorder.publish("run one", FIRST)
     shutil.rmtree(home / "serving")
-    assert document(capsys, "--model", FIRST, "--workdir", home)["images"]["manifest"] == "ab" * 32
+    moved = home.rename(tmp_path / "moved")
+    found = document(capsys, "--model", FIRST, "--workdir", moved)
+    assert (found["images"]["manifest"], found["model"]["sha256"]) == ("ab" * 32, "cd" * 32)
 
 
 def test_what_cannot_be_told_is_refused_in_one_line(capsys, recorder, home, tmp_path):
@@ -153,7 +157,7 @@ def test_what_cannot_be_told_is_refused_in_one_line(capsys, recorder, home, tmp_
     for number in (FIRST, SECOND, "1700000090"):
         recorder.publish(f"run {number}", number)
     line = refused(capsys, "--model", "1700000095", "--workdir", home)
-    assert f"there are 1700000090, {SECOND}, {FIRST}, nearest first" in line
+    assert line.endswith(f"nearest: 1700000090, {SECOND}, {FIRST}\n")
     assert "needs --workdir" in refused(capsys, "--model", "17")
     assert "there is no metadata.sqlite" in refused(capsys, "--model", "17", "--workdir", tmp_path)
     assert "no such folder" in refused(capsys, "--model", tmp_path / "nowhere")
