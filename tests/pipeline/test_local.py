@@ -301,6 +301,19 @@ def test_a_run_waits_for_a_program_that_has_the_database_locked_and_both_are_wel
         assert connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
 
 
+def test_a_clock_that_was_a_year_ahead_in_earlier_runs_costs_nothing_of_the_cache(first, images, workdir):
+    year = 365 * 86_400_000
+    with contextlib.closing(sqlite3.connect(workdir / "metadata.sqlite")) as connection:
+        for table in ("Execution", "Context"):
+            for column in ("create_time_since_epoch", "last_update_time_since_epoch"):
+                connection.execute(f"UPDATE {table} SET {column} = {column} + {year}")
+        connection.commit()
+    before = result_of(workdir)
+    assert local.run(settings(), str(images), workdir) == 0
+    assert set(result_of(workdir)["cached"]) == COMPONENTS
+    assert result_of(workdir)["pushed_model"] == before["pushed_model"]
+
+
 def test_a_version_that_was_deleted_is_published_again(first, images, workdir):
     shutil.rmtree(workdir / "serving")
     assert local.run(settings(), str(images), workdir) == 0
