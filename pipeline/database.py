@@ -42,7 +42,7 @@ def check(database: Path) -> None:
         faults = [str(error)]
     if faults != ["ok"]:
         raise UserError(
-            f"{database} is damaged ({faults[0]}): restore it from a copy, or remove it, and everything is done anew"
+            f"{database} is damaged ({faults[0]}): restore it from a copy, or remove it, and every stage is done anew"
         )
 
 

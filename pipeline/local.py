@@ -40,6 +40,7 @@ from trainer_module.torch_weights import check_encoder
 
 _RUN_ID = "pipeline-run-id"
 _EXECUTION = metadata_store_pb2.Execution
+_MOST_EXECUTIONS = 10**12  # TFX names the folders of drivers by microseconds since 1970
 
 
 def run(config: Config, images: str, home: Path, *, require_blessing: bool = False) -> int:
@@ -76,6 +77,7 @@ def _run(config: Config, images: str, home: Path, require_blessing: bool) -> int
     (home / "result.json").unlink(missing_ok=True)
     connection = tfx.orchestration.metadata.sqlite_metadata_connection_config(str(store))
     _clear_dead_executions(connection, Path(places.root))  # before anything is written: it frees what they took
+    _set_unknown_aside(connection, Path(places.root))
     _write(home / "config.yaml", to_yaml(config))
     _forget_lost_versions(connection, places.serving)
     nodes: list[report.Node] = []
@@ -204,6 +206,22 @@ def _clear_dead_executions(connection: metadata_store_pb2.ConnectionConfig, root
                 shutil.rmtree(folder, ignore_errors=True)
         if dead:
             handle.store.put_executions(dead)
+
+
+def _set_unknown_aside(connection: metadata_store_pb2.ConnectionConfig, root: Path) -> None:
+    """Moves away what lies where executions to come will write: artifacts of metadata that were removed or restored."""
+    with _Metadata(connection) as handle:
+        newest = max((execution.id for execution in handle.store.get_executions()), default=0)
+    folders = (*root.glob("*/*/*"), *root.glob("*/.system/*/*"))
+    unknown = [folder for folder in folders if folder.name.isdecimal() and newest < int(folder.name) < _MOST_EXECUTIONS]
+    if not unknown:
+        return
+    aside = root.with_name(f"{root.name}-unknown-{uuid.uuid4().hex[:8]}")
+    for folder in unknown:
+        there = aside / folder.relative_to(root)
+        there.parent.mkdir(parents=True, exist_ok=True)
+        folder.rename(there)
+    progress.note(f"{len(unknown)} folders of artifacts that {database.FILE} does not know were moved to {aside}")
 
 
 def _forget_lost_versions(connection: metadata_store_pb2.ConnectionConfig, base: str) -> None:

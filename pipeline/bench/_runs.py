@@ -144,6 +144,8 @@ def _run(images: Path, home: Path, out: Path, ended: Path, fill: Fill | None) ->
         stack.enter_context(contextlib.redirect_stderr(file))
         stack.enter_context(console.progress_shown())
         stack.enter_context(_filled(fill))
+        logging.getLogger().handlers.clear()  # of libraries that were imported before they could be made quiet
+        console.quiet(verbose=False)
         ended.write_text(_line_of(images, home), encoding="utf-8")
 
 
