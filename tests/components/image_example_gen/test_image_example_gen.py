@@ -1,5 +1,6 @@
 """Real runs of the executor and of the driver: FnApiRunner, real artifacts, a real metadata store."""
 
+import collections
 import hashlib
 import io
 import json
@@ -325,15 +326,21 @@ def test_the_manifest_names_the_images_by_content_split_and_label_whatever_their
     _, uri, _ = mixed
     assert counts(uri)["manifest"] == manifest_of(uri)
     pictures = sample(30)
-    write_all(tmp_path / "a", pictures)
-    write_all(tmp_path / "b", {f"{name}.moved.png": data for name, data in pictures.items()} | pictures)
-    write_all(tmp_path / "c", dict(list(pictures.items())[1:]))
-    write_all(tmp_path / "d", {f"x{name}": data for name, data in pictures.items()})
-    for name, shard_mb in (("a", 64.0), ("b", 0.01), ("c", 64.0), ("d", 64.0)):
-        ingest(tmp_path / name, tmp_path / "out" / name, shard_mb=shard_mb)
-    manifests = {name: counts(tmp_path / "out" / name)["manifest"] for name in "abcd"}
-    assert manifests["a"] == manifests["b"]
-    assert len(set(manifests.values())) == 3
+    write_all(tmp_path / "src", pictures | {f"{name}.again.png": data for name, data in pictures.items()})
+    ingest(tmp_path / "src", tmp_path / "out", shard_mb=0.01)
+    moved = {f"{name.split('/')[0]}/{number}.png": data for number, (name, data) in enumerate(pictures.items())}
+    ingest(write_all(tmp_path / "moved", moved), tmp_path / "of moved")
+    assert counts(tmp_path / "out")["manifest"] == counts(tmp_path / "of moved")["manifest"] != counts(uri)["manifest"]
+
+
+@pytest.mark.parametrize("other", [("b" * 64, "train", "cat"), ("a" * 64, "eval", "cat"), ("a" * 64, "train", None)])
+def test_manifests_tell_content_split_and_label_apart_and_forget_what_is_dropped(other: tuple) -> None:
+    one, changed = collections.Counter(executor.identity("a" * 64, "train", "cat")), executor.identity(*other)
+    assert executor.manifest(one) != executor.manifest(changed)
+    both = one + collections.Counter(changed)
+    both.subtract(one)
+    assert executor.manifest(both) == executor.manifest(changed)
+    assert executor.manifest({}) == "0" * 64
 
 
 def test_an_image_keeps_its_side_whatever_its_path_and_company(mixed: tuple, tmp_path: pathlib.Path) -> None:
