@@ -85,6 +85,7 @@ def _dispatch(arguments: list[str]) -> int:
         "search": _search,
         "weights": _weights,
         "publish": _publish,
+        "lineage": _lineage,
         "serve": _serve,
         "deploy": _deploy,
         "compile": _compile,
@@ -343,6 +344,32 @@ TensorFlow Serving takes the highest version, whatever latest.json says; after a
     _add_talk(parser)
 
 
+def _add_lineage(parser: argparse.ArgumentParser) -> None:
+    parser.description = """\
+Tells which images (source, span, counts, manifest), settings, code and runs made a published encoder, by the metadata
+of the working directory; of an encoder from elsewhere what its card says."""
+    parser.epilog = """\
+examples:
+  ./moco lineage --model moco-demo/serving/encoder
+  ./moco lineage --model 1795410158 --workdir moco-demo
+  ./moco lineage --model gs://bucket/encoder --workdir runs/photos --json"""
+    parser.add_argument(
+        "--model",
+        required=True,
+        action=_Once,
+        metavar="VERSION|PATH",
+        help="the number of a version, its path, or a folder of versions, of which the one in service is taken",
+    )
+    parser.add_argument(
+        "--workdir",
+        action=_Once,
+        metavar="DIR",
+        help="working directory of the run that published it (default: the one that the path lies in)",
+    )
+    parser.add_argument("--json", action="store_true", help="print all there is for programs")
+    _add_talk(parser)
+
+
 def _add_serve(parser: argparse.ArgumentParser) -> None:
     from pipeline.serving.config import ServeConfig, option
 
@@ -559,6 +586,7 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", metavar="NAME", help=", ".join(names))
     parser.add_argument("--json", metavar="FILE", help="also write the figures there")
     parser.add_argument("--out", metavar="DIR", help="folder for pictures, and to go on from if interrupted (leak)")
+    parser.add_argument("--count", type=int, action=_Once, metavar="N", help="how many times (kills)")
     _add_talk(parser)
 
 
@@ -621,6 +649,7 @@ _COMMANDS = {
     "search": (_add_search, "find the images nearest to others among embedded ones"),
     "weights": (_add_weights, "write a published encoder's weights for PyTorch"),
     "publish": (_add_publish, "publish encoders, list the published ones, go back, remove old ones"),
+    "lineage": (_add_lineage, "tell which images, settings, code and runs made a published encoder"),
     "serve": (_add_serve, "serve an encoder by TensorFlow Serving's REST and gRPC"),
     "deploy": (_add_deploy, "TensorFlow Serving by docker, KServe or Vertex AI"),
     "compile": (_add_compile, "write the pipeline for Vertex AI or Kubeflow"),
@@ -746,6 +775,21 @@ def _publish(options: argparse.Namespace) -> int:
     return DONE
 
 
+def _lineage(options: argparse.Namespace) -> int:
+    from pipeline import console
+
+    console.quiet(options.verbose)
+    from pipeline.lineage import lineage, text
+
+    found = lineage.find(os.path.expanduser(options.model), options.workdir)
+    if options.json:
+        sys.stdout.write(text.to_json(found))
+    else:
+        for line in text.lines(found):
+            console.line(line)
+    return DONE
+
+
 def _serve(options: argparse.Namespace) -> int:
     from pipeline import console
     from pipeline.serving.config import ServeConfig, validate
@@ -836,10 +880,12 @@ def _bench(options: argparse.Namespace) -> int:
         near = difflib.get_close_matches(options.name, names, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
         raise UserError(f"{options.name!r} is no benchmark; {hint}Benchmarks: {', '.join(names) or 'none'}")
+    if options.count is not None and options.count < 1:
+        raise UserError(f"--count {options.count} must be at least 1; e.g. --count 50")
     console.quiet(options.verbose)
     console.prefer_onednn()
     with console.progress_shown():
-        bench.run(options.name, options.json, options.out)
+        bench.run(options.name, options.json, options.out, options.count)
     return DONE
 
 
@@ -971,7 +1017,7 @@ def user_error(error: BaseException) -> str | None:
         if isinstance(link, UserError):
             return _without_step(str(link))
     for link in chain:
-        if isinstance(link, OSError) and link.errno == errno.ENOSPC:
+        if isinstance(link, OSError) and link.errno in (errno.ENOSPC, errno.EDQUOT):
             where = f" while writing {link.filename}" if link.filename else ""
             return f"no space left on the disk{where}; free some or choose another folder"
     for link in chain:
@@ -982,8 +1028,11 @@ def user_error(error: BaseException) -> str | None:
         text = str(link)
         if found := re.search(r"^(?:[\w.]+\.)?UserError: (.+)$", text, re.MULTILINE):
             return _without_step(found[1])
-        if re.search(r"\[Errno 28\]|No space left on device|database or disk is full", text):
+        if re.search(r"\[Errno 28\]|No space left on device|Disk quota exceeded|database or disk is full", text):
             return "no space left on the disk; free some or choose another folder"
+        # What ML Metadata says after its own tries.
+        if "Concurrent writes aborted after max number of retries" in text:
+            return "the metadata database is locked by another program; close what has it open, and run again"
     return None
 
 

@@ -76,11 +76,23 @@ class _StderrHandler(logging.StreamHandler):
         pass
 
 
+class _LogFile(logging.FileHandler):
+    """A log that loses what cannot be written: a traceback for each line would bury what the user must know."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Says nothing."""
+
+    def close(self) -> None:
+        """Closes the file, even where the last lines find no room."""
+        with contextlib.suppress(OSError):
+            super().close()
+
+
 @contextlib.contextmanager
 def logged_to(path: Path) -> Iterator[None]:
     """Appends every log record of level INFO and above to a file, for the time of the context."""
     root, level = logging.getLogger(), logging.getLogger().level
-    handler = logging.FileHandler(path, encoding="utf-8", delay=True)
+    handler = _LogFile(path, encoding="utf-8", delay=True)
     handler.setLevel(logging.INFO)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname).1s %(name)s: %(message)s"))
     root.addHandler(handler)

@@ -4,10 +4,13 @@ A working directory holds everything: artifacts, metadata, checkpoints, publishe
 result.json. The same command continues a killed run and takes from the cache what did not change.
 """
 
+import contextlib
 import datetime
+import itertools
 import os
 import shutil
 import time
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,9 +23,10 @@ from tfx.orchestration.portable import launcher, runtime_parameter_utils
 from tfx.orchestration.portable.mlmd import execution_lib
 from tfx.proto.orchestration import pipeline_pb2
 
+from components import disk
 from components.pusher import publish
 from components.view_augmenter.executor import Job, check_space
-from pipeline import console, report
+from pipeline import console, database, report
 from pipeline.beam import BEAM_ARGUMENTS
 from pipeline.config import Config, to_yaml
 from pipeline.create_pipeline import LocalRunner, Places, create_pipeline, make_experiment
@@ -36,6 +40,7 @@ from trainer_module.torch_weights import check_encoder, digest
 
 _RUN_ID = "pipeline-run-id"
 _EXECUTION = metadata_store_pb2.Execution
+_MOST_EXECUTIONS = 10**12  # TFX names the folders of drivers by microseconds since 1970
 
 
 def run(config: Config, images: str, home: Path, *, require_blessing: bool = False) -> int:
@@ -65,11 +70,15 @@ def _run(config: Config, images: str, home: Path, require_blessing: bool) -> int
     # Known now, and not only once the Trainer finds them.
     refuse_other_run(places.checkpoints, make_experiment(config, places, digest(config.encoder.weights)).identity())
     make_folder(places.checkpoints)
+    store = database.path_in(home)
+    database.wait_until_free(store)
+    database.check(store)
     # A killed run must not leave the outcome of the one before it.
     (home / "result.json").unlink(missing_ok=True)
+    connection = tfx.orchestration.metadata.sqlite_metadata_connection_config(str(store))
+    _clear_dead_executions(connection, Path(places.root))  # before anything is written: it frees what they took
+    _set_unknown_aside(connection, Path(places.root))
     _write(home / "config.yaml", to_yaml(config))
-    connection = tfx.orchestration.metadata.sqlite_metadata_connection_config(str(home / "metadata.sqlite"))
-    _clear_dead_executions(connection, Path(places.root))
     _forget_lost_versions(connection, places.serving)
     nodes: list[report.Node] = []
 
@@ -87,7 +96,8 @@ def _run(config: Config, images: str, home: Path, require_blessing: bool) -> int
     try:
         runner.run(create_pipeline(config, places, LocalRunner(images, connection, BEAM_ARGUMENTS)))
     except BaseException as error:
-        _write(home / "result.json", report.failed(nodes, runner.current, error, time.monotonic() - began))
+        with contextlib.suppress(OSError):  # where the disk is full, the error says so already
+            _write(home / "result.json", report.failed(nodes, runner.current, error, time.monotonic() - began))
         raise
     result = report.collect(nodes, time.monotonic() - began)
     _write(home / "result.json", report.to_json(result))
@@ -121,7 +131,8 @@ class _Runner(local_dag_runner.LocalDagRunner):
     def run_with_ir(self, pipeline: pipeline_pb2.Pipeline, run_options: pipeline_pb2.RunOptions | None = None) -> None:
         """Runs the nodes one after the other; partial runs are not supported."""
         del run_options
-        started = datetime.datetime.now(datetime.timezone.utc).isoformat()
+        # TFX takes two runs of one name for the same, and a clock that was put back can say the same time again.
+        started = f"{datetime.datetime.now(datetime.timezone.utc).isoformat()}-{uuid.uuid4().hex[:8]}"
         runtime_parameter_utils.substitute_runtime_parameter(pipeline, {_RUN_ID: started})
         deployment = runner_utils.extract_local_deployment_config(pipeline)
         connection = getattr(
@@ -134,7 +145,7 @@ class _Runner(local_dag_runner.LocalDagRunner):
             began = time.monotonic()
             node_launcher = _Launcher(
                 pipeline_node=node.pipeline_node,
-                mlmd_connection=metadata.Metadata(connection),
+                mlmd_connection=_Metadata(connection),
                 pipeline_info=pipeline.pipeline_info,
                 pipeline_runtime_spec=pipeline.runtime_spec,
                 executor_spec=runner_utils.extract_executor_spec(deployment, self.current),
@@ -147,23 +158,35 @@ class _Runner(local_dag_runner.LocalDagRunner):
                 self._finished(_outcome(connection, self.current, execution.execution_id, seconds, own))
 
 
+class _Metadata(metadata.Metadata):
+    """A connection that waits for other programs first, so that what a stage has done is not lost to their lock."""
+
+    def __enter__(self) -> metadata.Metadata:
+        database.wait_until_free(Path(self.connection_config.sqlite.filename_uri))
+        return super().__enter__()
+
+
 class _Launcher(launcher.Launcher):
-    """A launcher that clocks the executor apart from driver, metadata and publishing."""
+    """A launcher that clocks the executor apart from driver, metadata and publishing, and makes its outputs last."""
 
     executor_seconds = 0.0
 
     def _run_executor(self, execution_info: Any) -> Any:
         began = time.monotonic()
         try:
-            return super()._run_executor(execution_info)
+            done = super()._run_executor(execution_info)
         finally:
             self.executor_seconds = time.monotonic() - began
+        # Metadata that say a stage is done must not outlive its files, which a power cut would leave empty.
+        for artifact in itertools.chain(*execution_info.output_dict.values()):
+            disk.flush(artifact.uri)
+        return done
 
 
 def _outcome(
     connection: metadata_store_pb2.ConnectionConfig, node_id: str, execution_id: int, seconds: float, own: float
 ) -> report.Node:
-    with metadata.Metadata(connection) as handle:
+    with _Metadata(connection) as handle:
         (execution,) = handle.store.get_executions_by_id([execution_id])
         outputs = execution_lib.get_output_artifacts(handle, execution_id)
     if execution.last_known_state == _EXECUTION.FAILED:
@@ -175,7 +198,7 @@ def _outcome(
 
 def _clear_dead_executions(connection: metadata_store_pb2.ConnectionConfig, root: Path) -> None:
     """Marks executions that a killed run left open as failed, and removes what they had begun to write."""
-    with metadata.Metadata(connection) as handle:
+    with _Metadata(connection) as handle:
         dead = [e for e in handle.store.get_executions() if e.last_known_state == _EXECUTION.RUNNING]
         for execution in dead:
             execution.last_known_state = _EXECUTION.FAILED
@@ -185,10 +208,26 @@ def _clear_dead_executions(connection: metadata_store_pb2.ConnectionConfig, root
             handle.store.put_executions(dead)
 
 
+def _set_unknown_aside(connection: metadata_store_pb2.ConnectionConfig, root: Path) -> None:
+    """Moves away what lies where executions to come will write: artifacts of metadata that were removed or restored."""
+    with _Metadata(connection) as handle:
+        newest = max((execution.id for execution in handle.store.get_executions()), default=0)
+    folders = (*root.glob("*/*/*"), *root.glob("*/.system/*/*"))
+    unknown = [folder for folder in folders if folder.name.isdecimal() and newest < int(folder.name) < _MOST_EXECUTIONS]
+    if not unknown:
+        return
+    aside = root.with_name(f"{root.name}-unknown-{uuid.uuid4().hex[:8]}")
+    for folder in unknown:
+        there = aside / folder.relative_to(root)
+        there.parent.mkdir(parents=True, exist_ok=True)
+        folder.rename(there)
+    progress.note(f"{len(unknown)} folders of artifacts that {database.FILE} does not know were moved to {aside}")
+
+
 def _forget_lost_versions(connection: metadata_store_pb2.ConnectionConfig, base: str) -> None:
     """Removes the archives of versions that were published and are gone, so that no cached push stands for them."""
     at = publish.place(base)
-    with metadata.Metadata(connection) as handle:
+    with _Metadata(connection) as handle:
         pushed = handle.store.get_artifacts_by_type("PushedModel")
     archives = [(artifact.custom_properties["pushed_destination"].string_value, artifact.uri) for artifact in pushed]
     here = [(destination, uri) for destination, uri in archives if destination.startswith(f"{at.base}/")]

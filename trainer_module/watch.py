@@ -10,8 +10,9 @@ import dataclasses
 import functools
 import math
 import os
+import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 import numpy as np
@@ -148,7 +149,8 @@ class Watch:
         self._waited: list[tf.Tensor | float] = []
         self._seen = self._closed = self._clock_from = start
         self._clock = self._reported = self._flushed = time.monotonic()
-        self._last_steps: collections.deque[Metrics] = collections.deque(maxlen=steps_per_epoch)
+        # A start in the midst of the last epoch answers for all of it.
+        self._last_steps = collections.deque(_steps_in(self._file.kept), maxlen=steps_per_epoch)
         self._intervals: list[Interval] = []  # of the last epoch
         self._figures: dict[str, float] = {}
 
@@ -307,6 +309,14 @@ class Watch:
 
 _MEASURED = frozenset(field.name for field in dataclasses.fields(Interval)) & frozenset(Metrics._fields)
 _COUNTERS = ("step", "steps", "epoch")
+_EVENTS = re.compile(r"events\.out\.tfevents\.(?P<time>\d+)\.(?P<rest>.+)")
+
+
+def _steps_in(intervals: Iterable[Interval]) -> Iterator[Metrics]:
+    """The steps of earlier starts, each with the figures of its interval."""
+    for interval in intervals:
+        values = {name: getattr(interval, name) for name in Metrics._fields}
+        yield from [Metrics(**values)] * interval.steps
 
 
 def _steps_of(value: Any) -> NDArray[np.float64]:
@@ -320,8 +330,23 @@ def _mark_start(step: int, folder: str) -> None:
     """
     now = time.time()
     tf.io.gfile.makedirs(folder)
+    _put_into_the_past(folder, int(now))
     # TensorBoard reads the files of a folder in the order of their names.
     with tf.io.TFRecordWriter(f"{folder}/events.out.tfevents.{int(now):010d}.0.started-at-{step}") as file:
         file.write(tf.compat.v1.Event(wall_time=now, file_version="brain.Event:2").SerializeToString())
         began = tf.compat.v1.SessionLog(status=tf.compat.v1.SessionLog.START)
         file.write(tf.compat.v1.Event(wall_time=now, step=step + 1, session_log=began).SerializeToString())
+
+
+def _put_into_the_past(folder: str, now: int) -> None:
+    """Renames the files of earlier starts, in their order, where by their names they are not earlier than now.
+
+    TensorFlow names its files by the clock, which may have been put back since.
+    """
+    files = sorted((name, match) for name in tf.io.gfile.listdir(folder) if (match := _EVENTS.fullmatch(name)))
+    if all(int(match["time"]) < now for _, match in files):
+        return
+    for number, (name, match) in enumerate(files):
+        earlier = f"events.out.tfevents.{number:010d}.{match['rest']}"
+        if earlier != name:  # a start that was killed in the midst of this may have renamed it
+            tf.io.gfile.rename(f"{folder}/{name}", f"{folder}/{earlier}")

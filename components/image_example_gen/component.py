@@ -20,8 +20,8 @@ class ImageExampleGen(FileBasedExampleGen):
     """Reads, checks, de-duplicates and splits images; see the package's `sources` for what can be read.
 
     Outputs `examples`: Examples with the splits `train` and `eval`, as uncompressed TFRecords, since images are
-    compressed already. Beside the splits lie `ingest.json` (counts) and `quarantine.jsonl` (path, reason, detail,
-    sha256).
+    compressed already. Beside the splits lie `ingest.json` (counts, manifest) and `quarantine.jsonl` (path, reason,
+    detail, sha256).
     """
 
     EXECUTOR_SPEC = executor_spec.BeamExecutorSpec(executor.Executor)

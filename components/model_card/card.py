@@ -27,6 +27,8 @@ class Data:
     Attributes:
         span, version: of the source, as TFX counts them; None where it has none.
         fingerprint: of the source's listing.
+        manifest: names the ingested images by content, split and label, see
+            components.image_example_gen.executor.identity; None where the ingestion was another's.
         counts: images read, ingested, quarantined, duplicates, train, eval, …, as in ingest.json.
         labels: images of each label by split.
     """
@@ -34,6 +36,7 @@ class Data:
     span: int | None
     version: int | None
     fingerprint: str | None
+    manifest: str | None
     counts: Mapping[str, int]
     labels: Mapping[str, Mapping[str, int]]
 

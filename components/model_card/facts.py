@@ -43,13 +43,13 @@ _PACKAGES = (
 def read_data(examples: types.Artifact) -> Data:
     """The images, by the files and the metadata of ImageExampleGen's `examples`."""
     counts = read_json(f"{examples.uri}/{_INGEST_FILE}")
-    labels = counts.pop("labels")
+    labels, manifest = counts.pop("labels"), counts.pop("manifest", None)
     span, version = (
         examples.get_int_custom_property(name) if examples.has_custom_property(name) else None
         for name in (utils.SPAN_PROPERTY_NAME, utils.VERSION_PROPERTY_NAME)
     )
     fingerprint = examples.get_string_custom_property(utils.FINGERPRINT_PROPERTY_NAME)
-    return Data(span, version, fingerprint or None, counts, labels)
+    return Data(span, version, fingerprint or None, manifest, counts, labels)
 
 
 def read_training(model_run: types.Artifact, config: Mapping[str, Any]) -> Training:

@@ -153,6 +153,7 @@ def _data(card: Card) -> Iterator[str]:
     span = NOTHING if data.span is None else str(data.span)
     version = "" if data.version is None else f", version {data.version}"
     yield from (f"Span {span}{version}; source fingerprint `{data.fingerprint or NOTHING}`.", "")
+    yield from (f"Manifest of the images, by content, split and label: `{data.manifest or NOTHING}`.", "")
     if data.labels:
         rows = [(_literal(label), n.get("train", 0), n.get("eval", 0)) for label, n in sorted(data.labels.items())]
         yield from ("Labels are used to evaluate, never to train.", "")

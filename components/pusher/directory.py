@@ -17,6 +17,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 
+from components import disk
 from components.pusher import pointer
 from components.pusher.pointer import Event, Pointer, Survey, Version
 from components.pusher.publisher import is_running
@@ -102,7 +103,7 @@ class Directory:
         temporary = self._temporary()
         try:
             shutil.copytree(model_path, temporary)
-            _flush(temporary)
+            disk.flush(temporary)
             return self._rename_to_version(temporary)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -166,7 +167,7 @@ class Directory:
                 if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
                     raise
             else:
-                _flush_directory(self.base)
+                disk.flush_entries(self.base)
                 return version
 
     @contextlib.contextmanager
@@ -183,7 +184,7 @@ class Directory:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        _flush_directory(self.base)
+        disk.flush_entries(self.base)
 
 
 def read_card(model_path: str) -> dict:
@@ -211,23 +212,6 @@ def _is_stale(name: str, path: str) -> bool:
     if host != socket.gethostname():
         return time.time() - os.path.getmtime(path) > _STALE_SECONDS
     return not is_running(int(process))
-
-
-def _flush(directory: str) -> None:
-    """Waits until the files are on the disk, so that not even a power cut leaves a version with empty files."""
-    for folder, _, files in os.walk(directory):
-        for file in files:
-            with open(os.path.join(folder, file), "rb") as handle:
-                os.fsync(handle.fileno())
-        _flush_directory(folder)
-
-
-def _flush_directory(directory: str) -> None:
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _reason(error: Exception) -> str:

@@ -73,11 +73,8 @@ def beam_arguments(cloud: CloudConfig, project: str) -> tuple[str, ...]:
         cloud: a valid configuration.
         project: that pays; may be a placeholder that the service fills in.
     """
-    # The image holds the SDK, this project and its requirements, so nothing is installed when a worker starts. Where no
-    # image is named, TFX builds a package of its own sources before each stage (its dependency_utils).
-    image = f"--sdk_container_image={cloud.image}"
     if cloud.beam is BeamPlace.worker:
-        return (*BEAM_ARGUMENTS, image, f"--project={project}")
+        return (*BEAM_ARGUMENTS, f"--project={project}")
     dataflow = cloud.dataflow
     temp = dataflow.temp or posixpath.join(cloud.root, "dataflow")
     fixed = dataflow.autoscaling is Autoscaling.none
@@ -87,7 +84,8 @@ def beam_arguments(cloud: CloudConfig, project: str) -> tuple[str, ...]:
         f"--region={cloud.region}",
         f"--temp_location={posixpath.join(temp, 'temp')}",
         f"--staging_location={posixpath.join(temp, 'staging')}",
-        image,
+        # It holds the SDK, this project and its requirements, so nothing is installed when a worker starts.
+        f"--sdk_container_image={cloud.image}",
         "--sdk_location=container",
         "--experiments=use_runner_v2",
         f"--worker_machine_type={dataflow.machine_type}",

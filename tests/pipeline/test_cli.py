@@ -22,6 +22,7 @@ COMMANDS = [
     "search",
     "weights",
     "publish",
+    "lineage",
     "serve",
     "deploy",
     "compile",
@@ -133,13 +134,7 @@ def test_help_and_refusals_import_nothing_heavy(arguments):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (
-            [],
-            [
-                "no command",
-                "demo, run, test, embed, search, weights, publish, serve, deploy, compile, submit, bench, tpu-report",
-            ],
-        ),
+        ([], ["no command", ", ".join(COMMANDS)]),
         (["rnu"], ["'rnu'", "did you mean run?"]),
         (["--debgu"], ["--debgu", "the command comes first"]),
         (["run"], ["--images", "--workdir", "./moco run --help"]),
@@ -163,6 +158,9 @@ def test_help_and_refusals_import_nothing_heavy(arguments):
         (["publish", "--to", "s3://bucket/x", "--list"], ["s3://bucket/x", "gs://BUCKET/PATH"]),
         (["bench", "nothing-like-it"], ["'nothing-like-it' is no benchmark", "Benchmarks: "]),
         (["bench", "ingest", "--out", "somewhere"], ["--out somewhere", "ingest only prints figures"]),
+        (["bench", "ingest", "--count", "3"], ["--count 3", "ingest does one thing"]),
+        (["bench", "kills", "--count", "0"], ["--count 0", "e.g. --count 50"]),
+        (["lineage", "--model", "17"], ["--model 17", "needs --workdir DIR"]),
         (["bench"], ["NAME", "./moco bench --help"]),
         (["tpu-report", "--topology", "v5e:2x3"], ["v5e:2x3", "did you mean v5e:2x", "1x1, 2x2, 2x4"]),
         (["tpu-report", "--topology", "v9:2x2"], ["v9:2x2", "no such TPU slice", "v5e:2x4"]),
@@ -307,6 +305,12 @@ RuntimeError: more"""
         ),
         (chained(RuntimeError("x"), OSError(errno.ENOSPC, "No space left on device")), "no space left on the disk"),
         (RuntimeError("OSError: [Errno 28] No space left on device [while running 'W']"), "no space left on the disk"),
+        (OSError(errno.EDQUOT, "Disk quota exceeded", "/disk/x"), "no space left on the disk while writing /disk/x"),
+        (RuntimeError("INTERNAL: database or disk is full"), "no space left on the disk"),
+        (
+            chained(RuntimeError("x"), RuntimeError("ABORTED: Concurrent writes aborted after max number of retries.")),
+            "the metadata database is locked by another program",
+        ),
     ],
 )
 def test_what_a_user_can_mend_is_found_wherever_it_hides(error, line):

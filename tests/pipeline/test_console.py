@@ -236,6 +236,15 @@ def test_a_quiet_run_still_keeps_the_records_in_a_log_file(tmp_path: Path):
     assert "not kept" not in log
 
 
+def test_a_log_for_which_the_disk_has_no_room_makes_no_noise_and_ends_nothing():
+    code = CHATTER.format(verbose=False) + (
+        "from pathlib import Path\nwith console.logged_to(Path('/dev/full')):\n"
+        "    logging.getLogger('tfx').info('x' * 100_000)\nprint('went on')\n"
+    )
+    done = python(code, capture_output=True)
+    assert (done.stdout, done.stderr) == ("went on\n", "")
+
+
 NATIVE = """
 import logging, os, sys
 from pathlib import Path

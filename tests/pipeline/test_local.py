@@ -9,8 +9,10 @@ import multiprocessing
 import re
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -22,7 +24,7 @@ from small_runs import result_of, settings, write_images
 from tfx.orchestration import metadata
 
 from components.pusher.executor import CARD_FILE
-from pipeline import config, console, local
+from pipeline import cli, config, console, local
 from trainer_module.errors import UserError
 
 pytestmark = pytest.mark.long
@@ -256,6 +258,31 @@ def test_a_second_run_takes_everything_from_the_cache_and_says_so(first, images,
     assert "components were reused from an earlier run" in out
 
 
+def test_a_run_waits_for_a_program_that_has_the_database_locked_and_both_are_well(first, images, workdir):
+    hold = "import sqlite3, sys; c = sqlite3.connect(sys.argv[1]); c.execute('BEGIN EXCLUSIVE'); print(1, flush=True)"
+    command = [sys.executable, "-c", f"{hold}; sys.stdin.read()", str(workdir / "metadata.sqlite")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout.readline()
+        threading.Timer(1.0, holder.stdin.close).start()
+        assert local.run(settings(), str(images), workdir) == 0
+    assert set(result_of(workdir)["cached"]) == COMPONENTS
+    with contextlib.closing(sqlite3.connect(workdir / "metadata.sqlite")) as connection:
+        assert connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+
+
+def test_a_clock_that_was_a_year_ahead_in_earlier_runs_costs_nothing_of_the_cache(first, images, workdir):
+    year = 365 * 86_400_000
+    with contextlib.closing(sqlite3.connect(workdir / "metadata.sqlite")) as connection:
+        for table in ("Execution", "Context"):
+            for column in ("create_time_since_epoch", "last_update_time_since_epoch"):
+                connection.execute(f"UPDATE {table} SET {column} = {column} + {year}")
+        connection.commit()
+    before = result_of(workdir)
+    assert local.run(settings(), str(images), workdir) == 0
+    assert set(result_of(workdir)["cached"]) == COMPONENTS
+    assert result_of(workdir)["pushed_model"] == before["pushed_model"]
+
+
 def test_a_version_that_was_deleted_is_published_again(first, images, workdir):
     shutil.rmtree(workdir / "serving")
     assert local.run(settings(), str(images), workdir) == 0
@@ -274,6 +301,38 @@ def test_another_training_setting_reads_no_image_again_and_is_compared_with_the_
     assert any("baseline_model_id" in artifact.custom_properties for artifact in blessings)
     assert len(list((workdir / "serving" / "encoder").glob("[0-9]*"))) == 1
     assert [str(path) for path in elsewhere.glob("[0-9]*")] == [result["pushed_model"]]
+
+
+def test_the_lineage_of_a_version_names_its_images_settings_code_and_run_and_the_model_it_was_compared_with(
+    first, images, workdir, capsys
+):
+    (elsewhere,) = (workdir / "published" / "encoder").glob("[0-9]*")
+    assert cli.main(["lineage", "--model", str(elsewhere), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    (ingest,) = workdir.glob("artifacts/ImageExampleGen/examples/*/ingest.json")
+    counts = json.loads(ingest.read_text())
+    assert found["images"]["source"].startswith(str(images))
+    assert found["images"]["manifest"] == counts["manifest"]
+    assert found["images"]["counts"]["train"] == counts["train"]
+    assert (found["settings"]["values"]["train.queue"], found["settings"]["values"]["train.epochs"]) == (64, 3)
+    card = json.loads((elsewhere / CARD_FILE).read_text())
+    made = {
+        "ImageExampleGen",
+        "Transform",
+        "ViewAugmenter",
+        "Trainer",
+        "Evaluator",
+        "ServingCheck",
+        "ModelCard",
+        "Pusher",
+    }
+    assert found["code"] == {stage: card["code"][stage] for stage in made}
+    assert (found["source"], found["model"]["sha256"]) == ("metadata", card["model_sha256"])
+    runs = {execution["component"]: execution["run"] for execution in found["executions"]}
+    assert runs["Trainer"] == runs["Pusher"] == card["lineage"]["run"] != runs["ImageExampleGen"]
+    assert found["compared_with"]["version"] in {path.name for path in (workdir / "serving" / "encoder").iterdir()}
+    assert cli.main(["lineage", "--model", found["model"]["version"], "--workdir", str(workdir)]) == 0
+    assert f"manifest {counts['manifest']}" in capsys.readouterr().out
 
 
 def test_a_worse_model_than_the_last_blessed_is_not_pushed_and_fails_only_where_a_blessing_is_required(

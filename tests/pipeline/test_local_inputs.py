@@ -62,3 +62,18 @@ def test_too_few_images_for_a_batch_are_refused_before_anything_is_made_of_them(
     assert not (tmp_path / "artifacts" / "ViewAugmenter").exists()
     result = result_of(tmp_path)
     assert (result["status"], result["images"]["read"], result["metrics"]["knn_top1"]) == ("failed", 162, None)
+
+
+def test_artifacts_of_metadata_that_were_removed_are_set_aside_and_never_mixed_with_new_ones(images, tmp_path):
+    stale = (
+        tmp_path / "artifacts" / "ImageExampleGen" / "examples" / "1" / "Split-train" / "images-00000-of-00001.tfrecord"
+    )
+    stale.parent.mkdir(parents=True)
+    stale.write_bytes(b"of an earlier run")
+    with pytest.raises(UserError, match=r"fewer than train.global_batch=512"):
+        local.run(settings("train.global_batch=512", "train.queue=512"), str(images), tmp_path)
+    made = {path.name for path in stale.parent.iterdir()}
+    assert made == {f"images-{index:05d}-of-{len(made):05d}.tfrecord" for index in range(len(made))}
+    assert len(made) > 1
+    (kept,) = tmp_path.glob("artifacts-unknown-*/ImageExampleGen/examples/1/Split-train/*")
+    assert kept.read_bytes() == b"of an earlier run"

@@ -1,5 +1,6 @@
 """The watch: figures of each interval, curves that survive kills, alarms, and the time spent waiting for the input."""
 
+import dataclasses
 import json
 import logging
 import math
@@ -121,6 +122,16 @@ def test_the_result_is_the_average_of_the_last_epoch(tmp_path: Path):
     assert result.images_per_second > 0
 
 
+def test_the_result_of_a_run_that_was_resumed_in_its_last_epoch_is_that_of_all_of_it(tmp_path: Path):
+    every_step = dataclasses.replace(CONFIG, log_steps=1)
+    watch = make(tmp_path, config=every_step)
+    drive(watch, 0, 22)
+    watch.check_finite(22, of_step(22))  # killed after the checkpoint
+    resumed = make(tmp_path, start=22, config=every_step)
+    drive(resumed, 22, TOTAL)
+    assert resumed.result().final_loss == pytest.approx(21.5)  # steps 19 to 24
+
+
 def test_knn_is_measured_each_e_epochs_and_at_the_end_and_ends_an_interval(tmp_path: Path):
     scores = iter([0.3, 0.4, 0.5])
     watch = make(tmp_path, total=27, knn=lambda: next(scores))
@@ -158,11 +169,15 @@ def test_a_resumed_run_tells_each_step_once(tmp_path: Path):
     assert [line["steps"] for line in found] == [4, 4, 2, 4, 4, 4]
 
 
-def test_tensorboard_shows_each_step_of_a_resumed_run_once(tmp_path: Path):
-    watch = make(tmp_path)
-    drive(watch, 0, 18)
-    watch.result()  # writes the points out
-    time.sleep(1)  # names of the files have seconds
+@pytest.mark.parametrize("ahead", [0, 86_400, 3_000_000_000])
+def test_tensorboard_shows_each_step_of_a_resumed_run_once_even_if_the_clock_was_put_back(tmp_path: Path, ahead: int):
+    for start in (0, 10):
+        watch = make(tmp_path, start=start)
+        drive(watch, start, 18)
+        watch.result()  # writes the points out
+        for file in (tmp_path / "train").glob("events.*"):  # what they are called where the clock was ahead
+            number = file.name.split(".")[3]
+            file.rename(file.with_name(file.name.replace(number, f"{int(number) + ahead:010d}", 1)))
     resumed = make(tmp_path, start=10)
     drive(resumed, 10, TOTAL)
     resumed.result()

@@ -1,5 +1,6 @@
 """Real runs of the executor and of the driver: FnApiRunner, real artifacts, a real metadata store."""
 
+import collections
 import hashlib
 import io
 import json
@@ -284,9 +285,9 @@ def test_counts_add_up_in_the_file_and_on_the_artifact(mixed: tuple) -> None:
     assert sum(label["train"] for label in found["labels"].values()) == found["train"]
     assert sum(label["eval"] for label in found["labels"].values()) == found["eval"]
     assert found["bytes"] == sum(len(row["image/encoded"]) for row in read_all(uri))
-    for name, value in found.items():
-        if name != "labels":
-            assert examples.get_int_custom_property(name) == value
+    assert examples.get_string_custom_property("manifest") == found["manifest"]
+    for name in found.keys() - {"labels", "manifest"}:
+        assert examples.get_int_custom_property(name) == found[name]
     assert json.loads(examples.split_names) == ["train", "eval"]
 
 
@@ -309,6 +310,39 @@ def test_two_runs_with_other_beam_options_write_the_same_bytes(mixed: tuple, tmp
     options = ("--direct_running_mode=multi_threading", "--direct_num_workers=3")
     ingest(uri.parent / "src", tmp_path / "out", options, shard_mb=0.05)
     assert content(tmp_path / "out") == content(uri)
+
+
+def manifest_of(uri: pathlib.Path) -> str:
+    """By the definition, from what stands in the shards."""
+    total = 0
+    for row in read_all(uri):
+        label = row["image/label"].decode() if "image/label" in row else None
+        what = [row["image/split"].decode(), row["image/sha256"].decode(), label]
+        total += int.from_bytes(hashlib.sha256(json.dumps(what).encode()).digest(), "little")
+    return f"{total % 2**256:064x}"
+
+
+def test_the_manifest_names_the_images_by_content_split_and_label_whatever_their_shards_paths_and_copies(
+    mixed: tuple, tmp_path: pathlib.Path
+) -> None:
+    _, uri, _ = mixed
+    assert counts(uri)["manifest"] == manifest_of(uri)
+    pictures = sample(30)
+    write_all(tmp_path / "src", pictures | {f"{name}.again.png": data for name, data in pictures.items()})
+    ingest(tmp_path / "src", tmp_path / "out", shard_mb=0.01)
+    moved = {f"{name.split('/')[0]}/{number}.png": data for number, (name, data) in enumerate(pictures.items())}
+    ingest(write_all(tmp_path / "moved", moved), tmp_path / "of moved")
+    assert counts(tmp_path / "out")["manifest"] == counts(tmp_path / "of moved")["manifest"] != counts(uri)["manifest"]
+
+
+@pytest.mark.parametrize("other", [("b" * 64, "train", "cat"), ("a" * 64, "eval", "cat"), ("a" * 64, "train", None)])
+def test_manifests_tell_content_split_and_label_apart_and_forget_what_is_dropped(other: tuple) -> None:
+    one, changed = collections.Counter(executor.identity("a" * 64, "train", "cat")), executor.identity(*other)
+    assert executor.manifest(one) != executor.manifest(changed)
+    both = one + collections.Counter(changed)
+    both.subtract(one)
+    assert executor.manifest(both) == executor.manifest(changed)
+    assert executor.manifest({}) == "0" * 64
 
 
 def test_an_image_keeps_its_side_whatever_its_path_and_company(mixed: tuple, tmp_path: pathlib.Path) -> None:
@@ -599,6 +633,7 @@ def test_near_duplicates_are_dropped_from_the_eval_split_alone_and_always_the_sa
     parts = ("ingested", "quarantined", "duplicates", "near_duplicates_dropped")
     assert found["read"] == sum(found[part] for part in parts)
     assert sum(found["labels"][label]["eval"] for label in found["labels"]) == len(kept)
+    assert found["manifest"] == manifest_of(tmp_path / "out")
     assert found["bytes"] == sum(len(row["image/encoded"]) for row in read_all(tmp_path / "out"))
 
 

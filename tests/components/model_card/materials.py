@@ -35,7 +35,7 @@ def make_card(**changes: Any) -> Card:
         statement=CardConfig(license="apache-2.0", limits=("Not for night pictures.",)),
         encoder={"dim": 32, "layer": "backbone", "input_size": 48},
         config={"encoder.name": "resnet18", "encoder.weights": "", "train.queue": 512},
-        data=Data(span=7, version=2, fingerprint="files:1", counts=COUNTS, labels=LABELS),
+        data=Data(span=7, version=2, fingerprint="files:1", manifest="ab12", counts=COUNTS, labels=LABELS),
         training=Training(60, 4, 16, 2, "MirroredStrategy", "cross_replica_sum", 2.5, 0.4, 0.3, {}),
         evaluation=Evaluation(
             blessed=True,

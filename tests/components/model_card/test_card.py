@@ -132,7 +132,7 @@ def test_alarms_that_were_not_noted_are_not_said_to_be_none():
 
 
 def test_a_card_of_nearly_nothing_can_be_written():
-    nothing = Data(None, None, None, {}, {})
+    nothing = Data(None, None, None, None, {}, {})
     card = make_card(data=nothing, encoder={}, config={}, versions={}, code={}, statement=CardConfig())
     assert json.loads(to_json(card))["data"]["span"] is None
     assert "Span —" in to_markdown(card)

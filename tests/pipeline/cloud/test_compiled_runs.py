@@ -13,6 +13,8 @@ from local_service import RUN_EXECUTOR, LocalService, execute, preload
 
 from pipeline.cloud.targets import Target
 
+pytestmark = pytest.mark.long
+
 BUCKET = "gs://bucket"
 HOST = "us-central1-aiplatform.googleapis.com"
 SETTINGS = (
@@ -20,7 +22,8 @@ SETTINGS = (
     "image.eval_resize=16",
     "augment.size=16",
     "augment.pairs_per_image=1",
-    "encoder.width=4",
+    "encoder.name=pipeline.tpu.small_encoder.two_convolutions",
+    "encoder.width=64",
     "encoder.dim=16",
     "train.global_batch=16",
     "train.queue=64",
