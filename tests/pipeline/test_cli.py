@@ -113,7 +113,7 @@ def test_help_and_refusals_import_nothing_heavy(arguments):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ([], ["no command", "demo, run, test, embed, search, weights, publish, serve, bench, tpu-report"]),
+        ([], ["no command", "demo, run, test, embed, search, weights, publish, serve, compile, bench, tpu-report"]),
         (["rnu"], ["'rnu'", "did you mean run?"]),
         (["--debgu"], ["--debgu", "the command comes first"]),
         (["run"], ["--images", "--workdir", "./moco run --help"]),
