@@ -253,8 +253,8 @@ def _compared(store: Store, graph: Graph) -> Compared | None:
 
 
 def _version_of(store: Store, model: int) -> str | None:
-    """The version that a Trainer's model was published as."""
-    for pushed in store.artifacts(_PUSHED):
+    """The latest version that a Trainer's model was published as."""
+    for pushed in reversed(store.artifacts(_PUSHED)):
         version = pushed.properties.get("pushed_version")
         pusher = store.makers([pushed.id]).get(pushed.id) if version else None
         described = store.makers(pusher.inputs.get(_CARD, ())) if pusher else {}

@@ -109,7 +109,7 @@ def run(tmp_path_factory, sample_images) -> Run:
 
 def test_the_driver_finds_the_latest_span_and_its_fingerprint_is_in_the_cache_key(run):
     said = run.artifact("ImageExampleGen", "examples")["metadata"]
-    assert (said["span"], said["read"]) == (2, 120)
+    assert (said["custom:span"], said["read"]) == (2, 120)
     assert said["input_fingerprint"]
 
 
@@ -155,7 +155,7 @@ def test_on_kubeflow_images_and_baseline_are_found_without_driver_and_resolver(r
     )
     kubeflow.run_task("ImageExampleGen")
     said = kubeflow.artifacts["ImageExampleGen"]["examples"][0]["metadata"]
-    assert (said["span"], said["read"]) == (1, 9)
+    assert (said["custom:span"], said["read"]) == (1, 9)
     assert said["input_fingerprint"] != run.artifact("ImageExampleGen", "examples")["metadata"]["input_fingerprint"]
     kubeflow.artifacts |= run.service.artifacts
     for task in ("BlessedModels", "BaselineResolver"):
