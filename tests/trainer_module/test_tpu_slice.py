@@ -14,8 +14,7 @@ from trainer_module.tpu_slice import Host, this_host
 COORDINATOR = """
 import sys
 import tensorflow as tf
-cluster = tf.distribute.cluster_resolver.SimpleClusterResolver(tf.train.ClusterSpec({"worker": sys.argv[1].split(",")}))
-tf.config.experimental_connect_to_cluster(cluster)
+tf.config.experimental_connect_to_cluster(tf.train.ClusterSpec({"worker": sys.argv[1].split(",")}))
 for task in (0, 1):
     with tf.device(f"/job:worker/task:{task}"):
         print((tf.constant(20) + 1).device)
