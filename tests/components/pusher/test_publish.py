@@ -230,11 +230,11 @@ def test_readers_of_a_directory_hear_of_no_error_while_versions_come_and_go(tmp_
     ended, failures = threading.Event(), []
 
     def look() -> None:
-        while not ended.is_set():
-            try:
+        try:
+            while not ended.is_set():
                 publish.in_service(at)
-            except UserError as error:
-                failures.append(error)
+        except UserError as error:
+            failures.append(error)
 
     readers = [threading.Thread(target=look) for _ in range(2)]
     for thread in readers:
@@ -332,10 +332,9 @@ def test_a_file_of_the_model_that_cannot_be_read_is_named(place, make_model):
 def test_a_place_within_the_model_is_refused(make_model):
     model = make_model("x")
     before = tree(model)
-    for below in ("", "variables/serving"):
-        assert "lies in the model" in one_line(
-            lambda b=below: publish.publish(str(model), publish.place(f"{model}/{b}"))
-        )
+    for below in (model, model / "variables" / "serving"):
+        at = publish.place(str(below))
+        assert "lies in the model" in one_line(lambda at=at: publish.publish(str(model), at))
     assert tree(model) == before
 
 

@@ -424,9 +424,8 @@ def test_any_other_refusal_is_one_line_with_the_services_words(storage, make_mod
 
     def refused(status: int) -> str:
         answer = refusal(status, "why", f"the words of {status}")
-        with faulty_storage.proxy(storage, lambda _, request: answer if struck(request) else None) as proxy:
-            with pytest.raises(UserError) as caught:
-                publish.publish(str(make_model(f"new{status}")), bucket_behind(proxy))
+        with pytest.raises(UserError) as caught:
+            publish_through(storage, make_model(f"new{status}"), lambda _, request: answer if struck(request) else None)
         return str(caught.value)
 
     statuses = (302, 400, 405, 409, 412, 413)
@@ -443,7 +442,7 @@ def test_any_other_refusal_is_one_line_with_the_services_words(storage, make_mod
 def test_an_answer_that_is_not_the_services_is_told(storage, make_model, body):
     seed(storage, make_model("old"))
     answer = Answer(200, {"Content-Type": "application/json"}, body)
-    with faulty_storage.proxy(storage, lambda number, _: answer) as proxy:
+    with faulty_storage.proxy(storage, lambda *_: answer) as proxy:
         impatient = type(QUICK)(timeout=1.0, retry=QUICK.retry.with_timeout(0.3))
         with pytest.raises(UserError) as caught:
             publish.publish(str(make_model("new")), bucket_behind(proxy, transfer=impatient))

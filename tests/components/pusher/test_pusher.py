@@ -199,15 +199,15 @@ def test_of_pushers_that_run_at_once_each_has_its_version_in_service_or_says_who
 
     source, base, start = str(model / "Format-Serving"), tmp_path / "serving", threading.Barrier(6)
 
+    def push() -> str:
+        try:
+            return pusher.push(source, str(base))
+        except UserError as refusal:
+            return str(refusal)
+
     def push_some(_: int) -> list[str]:
         start.wait()
-        outcomes = []
-        for _ in range(4):
-            try:
-                outcomes.append(pusher.push(source, str(base)))
-            except UserError as refusal:
-                outcomes.append(str(refusal))
-        return outcomes
+        return [push() for _ in range(4)]
 
     with ThreadPoolExecutor(6) as pool:
         outcomes = [outcome for some in pool.map(push_some, range(6)) for outcome in some]
