@@ -138,7 +138,7 @@ class Directory:
     def discard(self, version: str) -> None:
         """Removes a staged version, unless it is in service, as far as that goes at once."""
         with contextlib.suppress(OSError, UserError):  # not on a full disk
-            self.update(lambda now: now.without([version]))
+            self.update(lambda now: now if now.was_in_service(version) else now.without([version]))
         with contextlib.suppress(OSError, UserError):
             if not self.read().was_in_service(version):
                 self.remove([version])

@@ -35,7 +35,7 @@ def card_of(content: bytes) -> dict[str, Any]:
     """What a file says as a model's card; nothing where it is none."""
     try:
         card = json.loads(content)
-    except ValueError:  # no JSON, or not UTF-8
+    except (ValueError, RecursionError):  # no JSON, or not UTF-8
         return {}
     return card if isinstance(card, dict) else {}
 
@@ -91,8 +91,9 @@ class Pointer:
 
     def without(self, versions: Collection[str]) -> "Pointer":
         """With versions given up for removal; the one in service never is."""
-        fresh = [version for version in versions if version != self.version and version not in self.removed]
-        return dataclasses.replace(self, removed=(*self.removed, *sorted(fresh, key=int))[-REMEMBERED:])
+        before = [version for version in self.removed if version not in versions]
+        now = sorted((version for version in versions if version != self.version), key=int)
+        return dataclasses.replace(self, removed=(*before, *now)[-REMEMBERED:])
 
     def was_in_service(self, version: str) -> bool:
         """Whether a version is or was in service."""
@@ -122,7 +123,7 @@ class Pointer:
                 if not is_number(number):
                     raise ValueError(f"{number!r} is no version")
             return cls(version, tuple(map(Event.of, document.get("history", ()))), removed)
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{type(error).__name__}: {error}") from error
 
 
@@ -202,10 +203,11 @@ def taking_over(base: str, event: Event, seen: Survey) -> Callable[[Pointer], Po
     def change(now: Pointer) -> Pointer:
         if event in now.history:  # written by a try whose answer was lost
             return now
-        if now.history != seen.pointer.history:
+        if (now.version, now.history) != (seen.pointer.version, seen.pointer.history):
+            who = now.history[-1].by if now.history else "somebody"
             raise UserError(
-                f"{base}: {now.history[-1].by} has put version {now.version} in service meanwhile, so this model was "
-                "not published; publish again if it is to take that one's place"
+                f"{base}: {who} has put version {now.version} in service meanwhile, so this model was not published; "
+                "publish again if it is to take that one's place"
             )
         if event.version in now.removed:
             raise UserError(

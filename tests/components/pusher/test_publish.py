@@ -178,6 +178,8 @@ def test_the_pointer_remembers_a_hundred_events_and_survives_its_json():
     assert (len(now.history), now.history[-1].version) == (100, "149")
     assert (len(now.removed), now.removed[-1]) == (100, "148")
     assert now.without(["149"]) == now  # what is in service is never given up
+    again = [str(number) for number in range(149)][-100:]
+    assert now.without(again[:1] + again[50:]).removed == (*again[1:50], *again[:1], *again[50:])
     assert Pointer.from_json(now.to_json()) == now
     later = json.loads(now.to_json()) | {"of a later release": 1}
     assert Pointer.from_json(json.dumps(later)) == now
