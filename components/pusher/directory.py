@@ -233,7 +233,8 @@ def read_card(model_path: str) -> dict:
 @contextlib.contextmanager
 def _made(folder: str) -> Iterator[None]:
     """Makes a folder; if the context fails and nothing is in it, it is gone again, with those made above it."""
-    missing, above = [], os.path.abspath(folder)
+    missing = []
+    above = os.path.abspath(folder)
     while not os.path.lexists(above):
         missing.append(above)
         above = os.path.dirname(above)

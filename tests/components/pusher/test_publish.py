@@ -1,5 +1,6 @@
 """Publishing, without TFX: the same protocol for a directory and for a bucket, and what readers see."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -10,8 +11,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import faulty_storage
 import pytest
-from places import BASE, Meanwhile, read, states, tree
+from places import BASE, Meanwhile, bucket_behind, read, states, tree
 
 from components.pusher import publish
 from components.pusher.pointer import Event, Pointer
@@ -301,13 +303,20 @@ def test_a_claim_that_nobody_can_have_laid_does_not_stand_in_the_way(bucket, mak
         Publisher.from_json(json.dumps(mine | {"process": 0}))
 
 
-def test_objects_that_stand_for_folders_are_passed_over_and_names_that_lead_out_are_refused(bucket, make_model):
+def test_objects_that_stand_for_folders_are_passed_over_and_names_that_lead_out_refused(bucket, storage, make_model):
     model = make_model("x")
     version = publish.publish(str(model), bucket).rpartition("/")[2]
     bucket._bucket.blob(f"encoders/birds/{version}/variables/").upload_from_string("")
     assert read(bucket) == tree(model)
-    bucket._bucket.blob(f"encoders/birds/{version}/../../out").upload_from_string("x")
-    assert "cannot be a file of a model" in one_line(lambda: read(bucket))
+
+    def lead_out(number: int, request: faulty_storage.Request) -> faulty_storage.Answer | None:
+        if "prefix" not in request.query:
+            return None
+        answer = storage.serve(request)
+        return dataclasses.replace(answer, body=answer.body.replace(b"variables/variables.data", b"../../out"))
+
+    with faulty_storage.proxy(storage, lead_out) as proxy:
+        assert "cannot be a file of a model" in one_line(lambda: read(bucket_behind(proxy)))
 
 
 def test_hundreds_of_old_versions_go_at_once(tmp_path):
