@@ -148,7 +148,7 @@ class Bucket:
             if refusal is None:
                 return after
             _wait(attempt)
-        if self._read_pointer()[1] == generation:  # nobody else has changed it
+        if refusal and self._read_pointer()[1] == generation:  # nobody else has changed it
             raise refusal
         raise self._restless()
 
@@ -427,6 +427,7 @@ class Bucket:
             with contextlib.suppress(NotFound):
                 return self._download(_claim_name(version)) == publisher.to_json().encode()
             _wait(attempt)
+        assert refusal, "there was at least one try"
         raise refusal
 
     # Models.
