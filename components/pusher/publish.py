@@ -7,6 +7,7 @@ one in service; see `components.pusher.pointer`. Readers ask `resolve` or `local
 import contextlib
 import dataclasses
 import os
+import stat
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -322,8 +323,10 @@ def _remove(at: Place, doomed: Sequence[str]) -> list[str]:
 def _check_readable(model_path: str) -> None:
     try:
         for folder, _, files in os.walk(model_path):
-            for file in files:
-                with open(os.path.join(folder, file), "rb"):
+            for path in (os.path.join(folder, file) for file in files):
+                if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would be waited for
+                    raise UserError(f"{path}: is no file; remove it")
+                with open(path, "rb"):
                     pass
     except OSError as error:
         raise UserError(f"{error.filename}: cannot be read ({reason_of(error)}); mend or remove it") from error

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -338,6 +339,21 @@ def test_a_file_of_the_model_that_cannot_be_read_is_named(place, make_model):
     (model / "broken").symlink_to("nowhere")
     said = one_line(lambda: publish.publish(str(model), place))
     assert said.startswith(f"{model}/broken: cannot be read (no such file or directory)")
+    (model / "broken").unlink()
+    os.mkfifo(model / "broken")
+    assert f"{model}/broken: is no file" in one_line(lambda: publish.publish(str(model), place))
+
+
+def test_a_first_publication_that_fails_leaves_no_folder_and_says_why_in_words(tmp_path, make_model):
+    model, at = make_model("x"), publish.place(str(tmp_path / "a" / "new" / "place"))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))  # stands for a disk that is full
+    try:
+        said = one_line(lambda: publish.publish(str(model), at))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert f"cannot write to push destination {at.base}: file too large; " in said
+    assert not (tmp_path / "a").exists()
 
 
 def test_a_place_within_the_model_is_refused(make_model):
