@@ -761,7 +761,7 @@ def _publish(options: argparse.Namespace) -> int:
     from components.pusher.pointer import is_number
     from pipeline import console
 
-    if options.keep is not None and not (options.keep.isdecimal() and int(options.keep)):
+    if options.keep is not None and not (is_number(options.keep) and int(options.keep)):
         raise UserError(f"--keep {options.keep} is not a number of versions; e.g. --keep 3")
     if options.rollback is not None and not is_number(options.rollback):
         raise UserError(f"--rollback {options.rollback} is not the number of a version; see --list")
