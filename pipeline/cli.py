@@ -332,7 +332,10 @@ TensorFlow Serving takes the highest version, whatever latest.json says; after a
     deeds.add_argument(
         "--model",
         metavar="DIR",
-        help="publish this SavedModel, or the one in service below this folder, unless it is there already",
+        help="publish this blessed SavedModel, or the one in service below this folder, unless it is there already",
+    )
+    parser.add_argument(
+        "--force", action="store_true", help="with --model: publish it even if its card does not say that it is blessed"
     )
     deeds.add_argument("--list", action="store_true", help="list the versions with their states")
     deeds.add_argument("--rollback", metavar="VERSION", help="put a version that is there in service")
@@ -755,19 +758,23 @@ def _weights(options: argparse.Namespace) -> int:
 
 
 def _publish(options: argparse.Namespace) -> int:
+    from components.pusher.pointer import is_number
     from pipeline import console
 
-    if options.keep is not None and not (options.keep.isdecimal() and int(options.keep)):
+    if options.keep is not None and not (is_number(options.keep) and int(options.keep)):
         raise UserError(f"--keep {options.keep} is not a number of versions; e.g. --keep 3")
-    if options.rollback is not None and not options.rollback.isdecimal():
+    if options.rollback is not None and not is_number(options.rollback):
         raise UserError(f"--rollback {options.rollback} is not the number of a version; see --list")
+    if options.force and options.model is None:
+        raise UserError("--force goes with --model; leave it out")
     console.quiet(options.verbose)
     from pipeline import publishing
 
     with console.progress_shown():
         for line in publishing.lines(
             os.path.expanduser(options.to),
-            model=os.path.expanduser(options.model) if options.model else None,
+            model=None if options.model is None else os.path.expanduser(options.model),
+            force=options.force,
             version=options.rollback,
             keep=int(options.keep) if options.keep else None,
         ):

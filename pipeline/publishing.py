@@ -5,16 +5,18 @@ import os
 from collections.abc import Iterator
 
 from components.pusher import publish
+from components.pusher.directory import read_card
 from components.pusher.pointer import is_whole
 from trainer_module.errors import UserError
 
 
-def lines(to: str, *, model: str | None, version: str | None, keep: int | None) -> Iterator[str]:
+def lines(to: str, *, model: str | None, force: bool = False, version: str | None, keep: int | None) -> Iterator[str]:
     """Does one thing, and says so line by line; lists the versions where nothing is to be done.
 
     Args:
         to: the place of publication, a directory or gs://BUCKET/PATH.
         model: to publish; a SavedModel or a place of publication.
+        force: also publishes a model whose card does not say that it is blessed.
         version: to go back to.
         keep: how many versions are to stay.
 
@@ -27,6 +29,8 @@ def lines(to: str, *, model: str | None, version: str | None, keep: int | None) 
     if model is not None:
         with publish.local_copy(model) as folder:
             _check_model(folder, model)
+            if not force:
+                _check_blessed(folder, model)
             yield f"in service: {publish.publish(folder, at)}"
     elif version is not None:
         publish.rollback(at, version)
@@ -42,6 +46,13 @@ def _check_model(folder: str, name: str) -> None:
     files = (os.path.join(above, file) for above, _, files in os.walk(folder) for file in files)
     if not is_whole({os.path.relpath(file, folder) for file in files}):
         raise UserError(f"--model {name}: is incomplete; name a folder that './moco run' pushed to")
+
+
+def _check_blessed(folder: str, name: str) -> None:
+    evaluation = read_card(folder).get("evaluation")
+    if not (isinstance(evaluation, dict) and evaluation.get("blessed") is True):
+        what = "is not blessed, as its card says" if evaluation else "has no card that says it is blessed"
+        raise UserError(f"--model {name}: {what}; --force publishes it all the same")
 
 
 def _listed(versions: list[publish.Listed]) -> list[str]:

@@ -217,9 +217,11 @@ class _Server(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 128
 
-    def __init__(self, storage: Storage, plan: Plan):
+    def __init__(self, storage: Storage, plan: Plan, slow: bool):
         super().__init__(("127.0.0.1", 0), _Handler)
-        self.storage, self.plan = storage, plan
+        self.storage, self.plan, self.slow = storage, plan, slow
+        if slow:  # else the system takes in what the client sends, however slowly we read
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         self.requests: list[Request] = []
         self.numbers = threading.Lock()
 
@@ -239,7 +241,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.command,
             self.path,
             {key.lower(): value for key, value in self.headers.items()},
-            self.rfile.read(length),
+            self._body(length),
         )
         if len(request.body) < length:  # the client was killed while it sent
             server.storage.keep_half(request)
@@ -253,6 +255,15 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(fault)
         else:
             self._answer(request, fault)
+
+    def _body(self, length: int) -> bytes:
+        if not self.server.slow:
+            return self.rfile.read(length)
+        driblets = []
+        for start in range(0, length, max(1, length // 8)):
+            time.sleep(0.02)
+            driblets.append(self.rfile.read(min(max(1, length // 8), length - start)))
+        return b"".join(driblets)
 
     do_POST = do_PUT = do_DELETE = do_PATCH = do_GET  # noqa: N815
 
@@ -341,9 +352,9 @@ def storage(bucket: str = "models") -> Iterator[Storage]:
 
 
 @contextmanager
-def proxy(behind: Storage, plan: Plan = no_faults) -> Iterator[_Server]:
-    """A proxy; `server_port` is where it listens, `requests` what it was asked."""
-    server = _Server(behind, plan)
+def proxy(behind: Storage, plan: Plan = no_faults, slow: bool = False) -> Iterator[_Server]:
+    """A proxy; `server_port` is where it listens, `requests` what it was asked; `slow` takes uploads in driblets."""
+    server = _Server(behind, plan, slow)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
     thread.start()
     try:

@@ -14,7 +14,6 @@ import base64
 import concurrent.futures
 import contextlib
 import dataclasses
-import json
 import os
 import re
 import tempfile
@@ -44,9 +43,9 @@ from requests.exceptions import RequestException
 
 from components.pusher import pointer
 from components.pusher.credentials import default
-from components.pusher.directory import damaged
+from components.pusher.directory import damaged, reason_of
 from components.pusher.pointer import Event, Pointer, Survey, Version
-from components.pusher.publisher import Publisher, is_dead, this_publisher
+from components.pusher.publisher import OutcomeUnknownError, Publisher, is_dead, this_publisher
 from trainer_module import progress
 from trainer_module.errors import UserError
 
@@ -140,16 +139,17 @@ class Bucket:
         Returns:
             The new pointer.
         """
-        for _ in range(_TRIES):
+        for attempt in range(_TRIES):
             before, generation = self._read_pointer()
             after = change(before)
             if after == before:
                 return after
-            # The answer to a write may be lost and the library's next try be refused by what we wrote ourselves; so a
-            # refusal is no verdict, and the pointer is read again.
-            with contextlib.suppress(PreconditionFailed), _corruption_passed():
-                self._write(pointer.FILE, after.to_json(), generation)
+            refusal = self._refused(pointer.FILE, after.to_json(), generation)
+            if refusal is None:
                 return after
+            _wait(attempt)
+        if refusal and self._read_pointer()[1] == generation:  # nobody else has changed it
+            raise refusal
         raise self._restless()
 
     def look(self) -> Survey:
@@ -159,9 +159,8 @@ class Bucket:
 
     def card(self, version: str) -> dict:
         """What a version's card says; empty where it has none, or one that cannot be read."""
-        with contextlib.suppress(NotFound, json.JSONDecodeError):
-            content = json.loads(self._download(f"{version}/{pointer.CARD_FILE}"))
-            return content if isinstance(content, dict) else {}
+        with contextlib.suppress(NotFound):
+            return pointer.card_of(self._download(f"{version}/{pointer.CARD_FILE}"))
         return {}
 
     def sweep(self) -> Survey:
@@ -194,10 +193,9 @@ class Bucket:
         version = self._claim(this_publisher(), seen.next_version())
         try:
             self._upload(model_path, version)
-        except _UNANSWERED:
-            raise  # a request may still be on its way, so what is there is left to the next publisher
-        except BaseException:
-            self.discard(version)
+        except BaseException as error:
+            if not _is_unanswered(error):  # else a request may still be on its way: it is left to the next publisher
+                self.discard(version)
             raise
         return version
 
@@ -210,27 +208,14 @@ class Bucket:
 
         Raises:
             UserError: somebody else has put a version in service since.
+            OutcomeUnknownError: no answer.
         """
-
-        def change(now: Pointer) -> Pointer:
-            if event in now.history:  # written by a try whose answer was lost
-                return now
-            if now.history != seen.pointer.history:
-                raise UserError(
-                    f"{self.base}: {now.history[-1].by} has put version {now.version} in service meanwhile, so this "
-                    f"model was not published; publish again if it is to take that one's place"
-                )
-            if event.version in now.removed:
-                raise UserError(
-                    f"{self.base}: another publisher took this one for dead and removed version {event.version}; "
-                    "publish again"
-                )
-            return now.serving(event)
-
         try:
-            self.update(change)
-        except _UNANSWERED as error:
-            raise UserError(
+            self.update(pointer.taking_over(self.base, event, seen))
+        except Exception as error:
+            if not _is_unanswered(error):
+                raise
+            raise OutcomeUnknownError(
                 f"{self.base}: no answer whether version {event.version} is in service now ({_words(error)}); "
                 f"ask with --list, or publish again"
             ) from error
@@ -238,10 +223,10 @@ class Bucket:
             self._delete_object(self._prefix + _claim_name(event.version))
 
     def discard(self, version: str) -> None:
-        """Removes a staged version that is not put in service, as far as that goes at once."""
-        with contextlib.suppress(GoogleAPIError, GoogleAuthError, RequestException):
-            self._delete([version], self._list(version + "/"))
-            self._delete_object(self._prefix + _claim_name(version))
+        """Removes a staged version, unless it is in service, as far as that goes at once."""
+        with contextlib.suppress(GoogleAPIError, GoogleAuthError, RequestException, UserError):
+            if not self.read().was_in_service(version):
+                self._delete([version], self._list(version + "/"))
 
     def remove(self, versions: Sequence[str]) -> None:
         """Removes versions that are given up in the pointer."""
@@ -255,17 +240,23 @@ class Bucket:
             yield folder
 
     @contextlib.contextmanager
-    def errors_told(self) -> Iterator[None]:
+    def errors_told(self, writing: bool = False) -> Iterator[None]:
         """Says in one line what keeps the bucket from being used.
 
+        Args:
+            writing: no matter here.
+
         Raises:
-            UserError: no bucket, no right, a retention policy, no answer.
+            UserError: no bucket, no right, a retention policy, no answer, or one that says no.
         """
+        del writing
         name = f"{_SCHEME}{self._bucket.name}"
         try:
             yield
         except NotFound as error:
-            raise UserError(f"{self.base}: there is no bucket {name}; check the name, or make it first") from error
+            raise UserError(
+                f"{self.base}: there is no bucket {name} ({_words(error)}); check the name, or make it first"
+            ) from error
         except (Forbidden, Unauthorized) as error:
             if "retention" in str(error).lower():
                 raise UserError(
@@ -281,18 +272,60 @@ class Bucket:
                 f"{self.base}: your credentials are not accepted ({_words(error)}); log in anew with "
                 "'gcloud auth application-default login'"
             ) from error
-        except _UNANSWERED as error:
-            raise UserError(f"{self.base}: no answer from {name} ({_words(error)}); check the network") from error
+        except (*_UNANSWERED, GoogleAPICallError) as error:
+            if _is_unanswered(error):
+                raise UserError(f"{self.base}: no answer from {name} ({_words(error)}); check the network") from error
+            raise UserError(
+                f"{self.base}: {name} refuses that ({_words(error)}); mend what it names, or use another place"
+            ) from error
+        except DataCorruption as error:
+            raise UserError(f"{self.base}: objects arrive damaged again and again; check the network") from error
+        except OSError as error:
+            raise UserError(f"{self.base}: {error.filename or 'files on this machine'}: {reason_of(error)}") from error
 
     # Objects.
 
     def _list(self, below: str = "") -> list[Blob]:
-        return list(self._client.list_blobs(self._bucket, prefix=self._prefix + below, **self._patience))
+        with self._understood():
+            return list(self._client.list_blobs(self._bucket, prefix=self._prefix + below, **self._patience))
+
+    @contextlib.contextmanager
+    def _understood(self) -> Iterator[None]:
+        """Says so where an answer is JSON, but no description of objects, over which the library stumbles.
+
+        Raises:
+            UserError: it is.
+        """
+        try:
+            yield
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            if isinstance(error, RequestException | GoogleAuthError):
+                raise
+            raise UserError(
+                f"{self.base}: the answer is not Cloud Storage's ({type(error).__name__}: {error}); check whether a "
+                "proxy, or STORAGE_EMULATOR_HOST, stands in between"
+            ) from error
 
     def _name(self, blob: Blob) -> str:
         return blob.name.removeprefix(self._prefix)
 
-    def _write(self, name: str, text: str, generation: int) -> Blob:
+    def _refused(self, name: str, text: str, generation: int) -> GoogleAPICallError | None:
+        """Writes an object; returns the refusal where it is no verdict, None where all is well.
+
+        The answer to a write may be lost and the library's next try be refused by what we wrote ourselves; and a text
+        may arrive otherwise than it was sent.
+        """
+        try:
+            self._write(name, text, generation)
+        except PreconditionFailed as error:
+            return error
+        except BadRequest as error:
+            if not _is_corruption(error):
+                raise
+            return error
+        return None
+
+    def _write(self, name: str, text: str, generation: int) -> None:
         blob = self._bucket.blob(self._prefix + name)
         blob.cache_control = "no-store"  # what can be read by all is else cached for an hour
         blob.upload_from_string(
@@ -302,7 +335,6 @@ class Bucket:
             checksum="crc32c",
             **self._patience,
         )
-        return blob
 
     def _download(self, name: str) -> bytes:
         again = Retry(if_exception_type(DataCorruption), initial=0.1, maximum=1.0, timeout=self._transfer.timeout)
@@ -311,14 +343,16 @@ class Bucket:
     def _read_pointer(self) -> tuple[Pointer, int]:
         """The pointer, and its generation; 0 where there is none."""
         for _ in range(_TRIES):
-            blob = self._bucket.get_blob(self._prefix + pointer.FILE, **self._patience)
-            if blob is None:
-                return Pointer(), 0
+            with self._understood():
+                blob = self._bucket.get_blob(self._prefix + pointer.FILE, **self._patience)
+                if blob is None:
+                    return Pointer(), 0
+                generation = int(blob.generation)
             # Of the very generation that was named; one that was replaced meanwhile is not found.
             with contextlib.suppress(NotFound, DataCorruption):
                 content = blob.download_as_bytes(checksum="crc32c", **self._patience)
                 try:
-                    return Pointer.from_json(content), int(blob.generation)
+                    return Pointer.from_json(content), generation
                 except ValueError as error:
                     raise damaged(f"{self.base}/{pointer.FILE}", error) from error
         raise self._restless()
@@ -346,7 +380,7 @@ class Bucket:
         by_version: dict[str, dict[str, Blob]] = {}
         for blob in blobs:
             version, _, name = self._name(blob).partition("/")
-            if version.isdecimal() and name:
+            if pointer.is_number(version) and name:
                 by_version.setdefault(version, {})[name] = blob
         versions = (
             Version(
@@ -362,7 +396,7 @@ class Bucket:
 
     def _claims(self, blobs: Iterable[Blob]) -> dict[str, Blob]:
         named = ((re.fullmatch(re.escape(_CLAIMS) + r"(\d+)\.json", self._name(blob)), blob) for blob in blobs)
-        return {match[1]: blob for match, blob in named if match}
+        return {match[1]: blob for match, blob in named if match and pointer.is_number(match[1])}
 
     def _is_dead(self, claim: Blob) -> bool:
         publisher = None
@@ -380,13 +414,21 @@ class Bucket:
         return version
 
     def _claimed(self, version: str, publisher: Publisher) -> bool:
-        with contextlib.suppress(PreconditionFailed), _corruption_passed():
-            self._write(_claim_name(version), publisher.to_json(), 0)
-            return True
-        # Another's, or our own by a try whose answer was lost.
-        with contextlib.suppress(NotFound):
-            return self._download(_claim_name(version)).decode() == publisher.to_json()
-        return False
+        """Whether a number could be had; if not, it is another's.
+
+        Raises:
+            GoogleAPICallError: it is refused again and again, although it is nobody's.
+        """
+        for attempt in range(_TRIES):
+            refusal = self._refused(_claim_name(version), publisher.to_json(), 0)
+            if refusal is None:
+                return True
+            # Another's, or our own by a try whose answer was lost.
+            with contextlib.suppress(NotFound):
+                return self._download(_claim_name(version)) == publisher.to_json().encode()
+            _wait(attempt)
+        assert refusal, "there was at least one try"
+        raise refusal
 
     # Models.
 
@@ -402,7 +444,7 @@ class Bucket:
     def _upload_all(self, files: dict[str, str], version: str) -> None:
         """Uploads files by name, and again what arrives otherwise than it was sent."""
         waiting = files
-        for _ in range(_TRIES):
+        for attempt in range(_TRIES):
             outcomes = transfer_manager.upload_many(
                 [(path, self._new_blob(name)) for name, path in waiting.items()],
                 skip_if_exists=True,
@@ -417,6 +459,9 @@ class Bucket:
             }
             if not waiting:
                 return
+            _wait(attempt)
+        if lasting := next(filter(_is_verdict, outcomes), None):
+            raise lasting
         raise UserError(f"{self.path(version)}: {len(waiting)} files arrive damaged again and again; check the network")
 
     def _new_blob(self, name: str) -> Blob:
@@ -451,7 +496,12 @@ class Bucket:
         """
         pairs = []
         for blob in self._list(version + "/"):
-            path = os.path.join(folder, os.path.relpath(self._name(blob), version))
+            if blob.name.endswith("/"):  # the console makes such objects for folders
+                continue
+            parts = self._name(blob).split("/")
+            if not {"", ".", ".."}.isdisjoint(parts):
+                raise UserError(f"{self.base}: the object {blob.name!r} cannot be a file of a model; remove it")
+            path = os.path.join(folder, *parts[1:])
             os.makedirs(os.path.dirname(path), exist_ok=True)
             pairs.append((blob, path))
         if not pairs:
@@ -501,14 +551,19 @@ def _is_corruption(error: Exception) -> bool:
     return isinstance(error, BadRequest) and "crc32c" in str(error).lower()
 
 
-@contextlib.contextmanager
-def _corruption_passed() -> Iterator[None]:
-    """Passes over the refusal of a text that arrived otherwise than it was sent, so that it is sent again."""
-    try:
-        yield
-    except BadRequest as error:
-        if not _is_corruption(error):
-            raise
+def _is_verdict(outcome: Exception | None) -> bool:
+    """Whether an upload failed by what the service said, and not by damage on the way."""
+    return isinstance(outcome, GoogleAPICallError) and not _is_corruption(outcome)
+
+
+def _is_unanswered(error: BaseException) -> bool:
+    """Whether it is not known what became of a request."""
+    return isinstance(error, _UNANSWERED) or getattr(error, "code", None) == 408
+
+
+def _wait(attempt: int) -> None:
+    """Between tries of ours, which are numbered from 0; the library waits between its own."""
+    time.sleep(0.05 * 2**attempt)
 
 
 def _words(error: BaseException) -> str:

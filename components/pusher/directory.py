@@ -8,7 +8,6 @@ import contextlib
 import dataclasses
 import errno
 import fcntl
-import json
 import os
 import re
 import shutil
@@ -16,6 +15,7 @@ import socket
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 from components import disk
 from components.pusher import pointer
@@ -25,6 +25,7 @@ from trainer_module.errors import UserError
 
 _TEMPORARY = ".pushing-"
 _LOCK = ".latest.lock"
+_TRIES = 5
 _STALE_SECONDS = 24 * 3600.0
 
 
@@ -75,13 +76,18 @@ class Directory:
 
     def look(self) -> Survey:
         """What is there."""
-        now = self.read()
-        try:
-            names = os.listdir(self.base)
-        except (FileNotFoundError, NotADirectoryError):
-            names = []
-        numbers = sorted((name for name in names if name.isdecimal()), key=int)
-        return Survey(now, tuple(self._version(number) for number in numbers))
+        for _ in range(_TRIES):
+            now = self.read()
+            try:
+                names = os.listdir(self.base)
+            except (FileNotFoundError, NotADirectoryError):
+                names = []
+            found = (self._version(number) for number in sorted(filter(pointer.is_number, names), key=int))
+            seen = Survey(now, tuple(version for version in found if version))
+            # What vanished during the look was given up there first, for another that may not have been there yet.
+            if self.read() == now:
+                break
+        return seen
 
     def card(self, version: str) -> dict:
         """What a version's card says; empty where it has none."""
@@ -92,29 +98,50 @@ class Directory:
         names = os.listdir(self.base) if os.path.isdir(self.base) else []
         for name in names:
             path = os.path.join(self.base, name)
-            if _is_stale(name, path):
-                shutil.rmtree(path, ignore_errors=True)
+            with contextlib.suppress(FileNotFoundError):  # another publisher may do the same
+                if _is_stale(name, path):
+                    shutil.rmtree(path, ignore_errors=True)
         return self.look()
 
     def stage(self, model_path: str, seen: Survey) -> str:
-        """Copies a model to a new version, the highest, which is not in service yet. See `commit`."""
+        """Copies a model to a new version, the highest, which is not in service yet. See `commit`.
+
+        Raises:
+            UserError: the directory lies in the model.
+        """
         del seen  # others may publish during the copy
-        os.makedirs(self.base, exist_ok=True)
-        temporary = self._temporary()
-        try:
-            shutil.copytree(model_path, temporary)
-            disk.flush(temporary)
-            return self._rename_to_version(temporary)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+        source = os.path.realpath(model_path)
+        if os.path.commonpath([source, os.path.realpath(self.base)]) == source:
+            raise UserError(f"{self.base} lies in the model {model_path} itself; publish to another place")
+        with _made(self.base):
+            temporary = self._temporary()
+            try:
+                shutil.copytree(model_path, temporary)
+                os.utime(temporary)  # the copy takes over the model's age, by which it would be taken for stale
+                disk.flush(temporary)
+                return self._rename_to_version(temporary)
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
 
     def commit(self, event: Event, seen: Survey) -> None:
-        """Puts a staged version in service, unless a higher one is there already: the publishers take turns."""
-        del seen
-        self.update(lambda now: now if int(now.version or -1) >= int(event.version) else now.serving(event))
+        """Puts a staged version in service.
+
+        Args:
+            event: that it is.
+            seen: when the publication began.
+
+        Raises:
+            UserError: somebody else has put a version in service since.
+        """
+        self.update(pointer.taking_over(self.base, event, seen))
 
     def discard(self, version: str) -> None:
-        """Leaves a staged version that could not be put in service: it is whole, and another try takes it up."""
+        """Removes a staged version, unless it is in service, as far as that goes at once."""
+        with contextlib.suppress(OSError, UserError):  # not on a full disk
+            self.update(lambda now: now if now.was_in_service(version) else now.without([version]))
+        with contextlib.suppress(OSError, UserError):
+            if not self.read().was_in_service(version):
+                self.remove([version])
 
     def remove(self, versions: Sequence[str]) -> None:
         """Removes versions that are given up in the pointer; each vanishes in one step."""
@@ -130,8 +157,11 @@ class Directory:
         yield self.path(version)
 
     @contextlib.contextmanager
-    def errors_told(self) -> Iterator[None]:
-        """Says in one line what keeps the directory from being written.
+    def errors_told(self, writing: bool = False) -> Iterator[None]:
+        """Says in one line what keeps the directory from being read or written.
+
+        Args:
+            writing: which it is.
 
         Raises:
             UserError: it is a file, read-only, full, or else.
@@ -139,12 +169,16 @@ class Directory:
         try:
             yield
         except (OSError, shutil.Error) as error:
+            reason = reason_of(error)
+            if not writing:
+                raise UserError(f"cannot read {self.base}: {reason}; name a directory that can be read") from error
             raise UserError(
-                f"cannot write to push destination {self.base}: {_reason(error)}; "
+                f"cannot write to push destination {self.base}: {reason}; "
                 "name a directory that can be written and has room"
             ) from error
 
-    def _version(self, name: str) -> Version:
+    def _version(self, name: str) -> Version | None:
+        """A version; None where it has vanished, or is a link to nowhere."""
         path = self.path(name)
         sizes: dict[str, int] = {}
         for folder, _, files in os.walk(path):
@@ -152,7 +186,9 @@ class Directory:
                 with contextlib.suppress(FileNotFoundError):
                     inside = os.path.join(folder, file)
                     sizes[os.path.relpath(inside, path)] = os.path.getsize(inside)
-        return Version(name, pointer.is_whole(sizes), False, sum(sizes.values()), os.path.getmtime(path))
+        with contextlib.suppress(FileNotFoundError):
+            return Version(name, pointer.is_whole(sizes), False, sum(sizes.values()), os.path.getmtime(path))
+        return None
 
     def _temporary(self) -> str:
         return os.path.join(self.base, f"{_TEMPORARY}{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex}")
@@ -189,12 +225,27 @@ class Directory:
 
 def read_card(model_path: str) -> dict:
     """What the card of a model says; empty where it has none, or one that cannot be read."""
-    with (
-        contextlib.suppress(FileNotFoundError, NotADirectoryError, json.JSONDecodeError),
-        open(os.path.join(model_path, pointer.CARD_FILE), encoding="utf-8") as file,
-    ):
-        return json.load(file)
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        return pointer.card_of(Path(model_path, pointer.CARD_FILE).read_bytes())
     return {}
+
+
+@contextlib.contextmanager
+def _made(folder: str) -> Iterator[None]:
+    """Makes a folder; if the context fails and nothing is in it, it is gone again, with those made above it."""
+    missing = []
+    above = os.path.abspath(folder)
+    while not os.path.lexists(above):
+        missing.append(above)
+        above = os.path.dirname(above)
+    try:
+        os.makedirs(folder, exist_ok=True)
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):
+            for made in missing:
+                os.rmdir(made)
+        raise
 
 
 def damaged(path: str, error: ValueError) -> UserError:
@@ -214,7 +265,10 @@ def _is_stale(name: str, path: str) -> bool:
     return not is_running(int(process))
 
 
-def _reason(error: Exception) -> str:
-    if isinstance(error, shutil.Error):  # of copytree: a list of (from, to, why)
-        return str(error.args[0][0][2]) if error.args and isinstance(error.args[0], list) else str(error)
-    return (getattr(error, "strerror", None) or str(error)).lower()
+def reason_of(error: OSError) -> str:
+    """Why files could not be read or written, in words."""
+    if isinstance(error, shutil.Error) and isinstance(error.args[0], list):  # of copytree: (from, to, why)
+        why = re.sub(r"^\[Errno \d+\] |: '.*", "", str(error.args[0][0][2]))
+    else:
+        why = error.strerror or str(error)
+    return why[:1].lower() + why[1:]

@@ -16,6 +16,7 @@ from components.model_card.card import JSON_FILE, MARKDOWN_FILE, PAGE_FILE
 from components.pusher import publish
 from components.pusher.digest import digest
 from components.pusher.pointer import CARD_FILE, DIGEST
+from components.pusher.publisher import WithdrawnError
 from trainer_module import progress
 from trainer_module.errors import UserError
 
@@ -31,8 +32,8 @@ class Executor(executor.Executor):
     if one is given, and publishes both as `components.pusher.publish` says: to a directory or gs://, whole or not at
     all. The new version is the time in seconds, or the number after the highest version if that is not lower, so it is
     always the highest. A model that is in service or the newest version already, for instance because a run was killed
-    after the publication, is not published twice, whatever its card says. Properties of the pushed model artifact are
-    the stock executor's.
+    after the publication, is not published twice, whatever its card says; one that somebody has gone back from does not
+    return, and counts as not pushed. Properties of the pushed model artifact are the stock executor's.
     """
 
     def Do(
@@ -58,7 +59,12 @@ class Executor(executor.Executor):
         card_uri = artifact_utils.get_single_uri(cards) if cards else None
         _write_card(pushed_model.uri, digest(model_path), card_uri)
         base = _base_directory(exec_properties)
-        destination = push(pushed_model.uri, base)
+        try:
+            destination = push(pushed_model.uri, base)
+        except WithdrawnError as reason:
+            progress.note(str(reason))
+            self._MarkNotPushed(pushed_model)
+            return
         _keep(base, _custom_config(exec_properties).get(KEEP, 0))
         self._MarkPushed(pushed_model, pushed_destination=destination, pushed_version=os.path.basename(destination))
 
@@ -106,6 +112,7 @@ def push(model_path: str, base_directory: str) -> str:
 
     Raises:
         UserError: base_directory is a file or cannot be written, or another publisher was faster.
+        WithdrawnError: the model is there, and somebody has gone back from it.
     """
     to = publish.place(base_directory)
     if "://" not in model_path:

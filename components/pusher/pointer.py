@@ -7,9 +7,12 @@ that decides what is served is one change of it: to publish, to roll back, and t
 
 import dataclasses
 import json
+import re
 import time
-from collections.abc import Collection
-from typing import Literal
+from collections.abc import Callable, Collection
+from typing import Any, Literal
+
+from trainer_module.errors import UserError
 
 FILE = "latest.json"
 SAVED_MODEL = "saved_model.pb"
@@ -17,9 +20,24 @@ CARD_FILE = "assets.extra/model_card.json"
 DIGEST = "model_sha256"  # key of the card
 
 _ESSENTIAL = (SAVED_MODEL, "variables/variables.index")
-_REMEMBERED = 100
+REMEMBERED = 100  # versions that can be given up in one change
+_MOST = 2**63 - 1  # TensorFlow Serving's versions are int64
 
 Action = Literal["published", "rolled back"]
+
+
+def is_number(name: object) -> bool:
+    """Whether something is the name of a version: an int64 in decimal digits."""
+    return isinstance(name, str) and bool(re.fullmatch(r"[0-9]{1,19}", name)) and int(name) <= _MOST
+
+
+def card_of(content: bytes) -> dict[str, Any]:
+    """What a file says as a model's card; nothing where it is none."""
+    try:
+        card = json.loads(content)
+    except (ValueError, RecursionError):  # no JSON, or not UTF-8
+        return {}
+    return card if isinstance(card, dict) else {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +55,19 @@ class Event:
     action: Action
     at: float
     by: str
+
+    @classmethod
+    def of(cls, document: dict[str, Any]) -> "Event":
+        """The event that a document tells; keys of later releases are passed over.
+
+        Raises:
+            KeyError, TypeError, ValueError: it tells none.
+        """
+        event = cls(**{field.name: document[field.name] for field in dataclasses.fields(cls)})
+        told = isinstance(event.action, str) and isinstance(event.at, int | float) and isinstance(event.by, str)
+        if not (told and is_number(event.version)):
+            raise ValueError(f"{document} is no event")
+        return event
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,12 +87,13 @@ class Pointer:
 
     def serving(self, event: Event) -> "Pointer":
         """With another version in service."""
-        return dataclasses.replace(self, version=event.version, history=(*self.history, event)[-_REMEMBERED:])
+        return dataclasses.replace(self, version=event.version, history=(*self.history, event)[-REMEMBERED:])
 
     def without(self, versions: Collection[str]) -> "Pointer":
         """With versions given up for removal; the one in service never is."""
-        fresh = [version for version in versions if version != self.version and version not in self.removed]
-        return dataclasses.replace(self, removed=(*self.removed, *sorted(fresh, key=int))[-_REMEMBERED:])
+        before = [version for version in self.removed if version not in versions]
+        now = sorted((version for version in versions if version != self.version), key=int)
+        return dataclasses.replace(self, removed=(*before, *now)[-REMEMBERED:])
 
     def was_in_service(self, version: str) -> bool:
         """Whether a version is or was in service."""
@@ -86,15 +118,12 @@ class Pointer:
         """
         try:
             document = json.loads(text)
-            version = document["version"]
-            if version is not None and not str(version).isdecimal():
-                raise ValueError(f"{version!r} is no version")
-            events = (
-                Event(**{field.name: event[field.name] for field in dataclasses.fields(Event)})
-                for event in document.get("history", ())
-            )
-            return cls(version, tuple(events), tuple(document.get("removed", ())))
-        except (KeyError, TypeError, AttributeError) as error:
+            version, removed = document["version"], tuple(document.get("removed", ()))
+            for number in (*removed, *([] if version is None else [version])):
+                if not is_number(number):
+                    raise ValueError(f"{number!r} is no version")
+            return cls(version, tuple(map(Event.of, document.get("history", ()))), removed)
+        except (KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{type(error).__name__}: {error}") from error
 
 
@@ -144,11 +173,46 @@ class Survey:
         return self.pointer.version if self.pointer.version in whole else next(reversed(whole), None)
 
     def next_version(self) -> str:
-        """The time in seconds, or the number after the highest that was ever there, so it is always the highest."""
+        """The time in seconds, or the number after the highest that was ever there, so it is always the highest.
+
+        Raises:
+            UserError: there is none after the highest.
+        """
         known = (*(version.number for version in self.versions), *self.pointer.removed, self.pointer.version or "0")
-        return str(max(int(time.time()), 1 + max(map(int, known))))
+        highest = max(map(int, known))
+        if highest == _MOST:
+            raise UserError(f"no number is left above version {highest}; publish to another place")
+        return str(max(int(time.time()), 1 + highest))
 
 
 def is_whole(names: Collection[str]) -> bool:
     """Whether files, by their paths within a version, are a whole SavedModel: what is written last is there."""
     return all(essential in names for essential in _ESSENTIAL)
+
+
+def taking_over(base: str, event: Event, seen: Survey) -> Callable[[Pointer], Pointer]:
+    """The change of the pointer by which a staged version comes into service.
+
+    Args:
+        base: the place, for the message.
+        event: that it is.
+        seen: when the publication began; the change raises UserError where somebody has put another version in service
+            since, or has removed this one.
+    """
+
+    def change(now: Pointer) -> Pointer:
+        if event in now.history:  # written by a try whose answer was lost
+            return now
+        if (now.version, now.history) != (seen.pointer.version, seen.pointer.history):
+            who = now.history[-1].by if now.history else "somebody"
+            raise UserError(
+                f"{base}: {who} has put version {now.version} in service meanwhile, so this model was not published; "
+                "publish again if it is to take that one's place"
+            )
+        if event.version in now.removed:
+            raise UserError(
+                f"{base}: another publisher took this one for dead and removed version {event.version}; publish again"
+            )
+        return now.serving(event)
+
+    return change

@@ -7,16 +7,16 @@ one in service; see `components.pusher.pointer`. Readers ask `resolve` or `local
 import contextlib
 import dataclasses
 import os
+import stat
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 from components.pusher import pointer
-from components.pusher.directory import Directory, read_card
+from components.pusher.directory import Directory, read_card, reason_of
 from components.pusher.pointer import Event, Pointer, Survey, Version
-from components.pusher.publisher import this_publisher
-from trainer_module import progress
+from components.pusher.publisher import OutcomeUnknownError, WithdrawnError, this_publisher
 from trainer_module.errors import UserError
 
 
@@ -60,7 +60,7 @@ class Place(Protocol):
     def local_copy(self, version: str) -> contextlib.AbstractContextManager[str]:
         """A folder on this machine with a version, for the time of the context."""
 
-    def errors_told(self) -> contextlib.AbstractContextManager[None]:
+    def errors_told(self, writing: bool = False) -> contextlib.AbstractContextManager[None]:
         """Says in one line what keeps the place from being used."""
 
 
@@ -92,6 +92,8 @@ def place(base: str, transfer: Any = None) -> Place:
     Raises:
         UserError: it can be none, or there are no credentials.
     """
+    if not base:
+        raise UserError("an empty path is no place of models; name a directory or gs://BUCKET/PATH")
     base = base.rstrip("/") or "/"
     if base.startswith("gs:"):
         from components.pusher import bucket
@@ -135,28 +137,31 @@ def check(base: str, what: str, transfer: Any = None) -> None:
 def publish(model_path: str, to: Place) -> str:
     """Copies a model to a new version and puts it in service; whole or not at all.
 
-    Does nothing if the newest version, or the one that somebody went back to, is this very model, as its card says.
+    Does nothing if it is in service already, as its card says.
 
     Args:
         model_path: of a SavedModel on this machine.
         to: where.
 
     Returns:
-        The path of the version.
+        The path of the version, which is in service.
 
     Raises:
-        UserError: the place cannot be written, or another publisher was faster.
+        UserError: the model cannot be read, the place cannot be written, or another publisher was faster.
+        WithdrawnError: it is there, and somebody has gone back from it.
     """
-    with to.errors_told():
+    _check_readable(model_path)
+    with to.errors_told(writing=True):
         seen = to.sweep()
         if version := _published_already(model_path, to, seen):
             return to.path(version)
         version = to.stage(model_path, seen)
         try:
             to.commit(_event(version, "published"), seen)
-        except UserError as refusal:
-            if not isinstance(refusal.__cause__, Exception):  # refused for good; else the outcome is not known
-                to.discard(version)
+        except OutcomeUnknownError:
+            raise  # it may be in service
+        except Exception:
+            to.discard(version)
             raise
         return to.path(version)
 
@@ -215,7 +220,7 @@ def rollback(at: Place, version: str) -> None:
     Raises:
         UserError: there is no such version, it is not whole, or the place cannot be written.
     """
-    with at.errors_told():
+    with at.errors_told(writing=True):
         found = {candidate.number: candidate for candidate in at.look().versions}
         if version not in found:
             raise UserError(f"{at.base}: there is no version {version}; there are: {', '.join(found) or 'none'}")
@@ -246,13 +251,11 @@ def keep(at: Place, count: int) -> list[str]:
     """
     if count < 1:
         raise UserError(f"--keep {count} must be at least 1; e.g. --keep 3")
-    with at.errors_told():
+    with at.errors_told(writing=True):
         doomed = at.sweep().whole[:-count]
-        if not doomed:
-            return []
-        now = at.update(lambda now: now.without(doomed))
-        gone = [version for version in doomed if version in now.removed]
-        at.remove(gone)
+        gone: list[str] = []
+        for start in range(0, len(doomed), pointer.REMEMBERED):
+            gone += _remove(at, doomed[start : start + pointer.REMEMBERED])
         return gone
 
 
@@ -289,7 +292,7 @@ def model_at(path: str) -> tuple[Place, str]:
             return at, "."
     else:
         above, _, name = at.base.rpartition("/")
-        if name.isdecimal() and above != "gs:/":
+        if pointer.is_number(name) and above != "gs:/":
             return place(above), name
     return at, in_service(at)
 
@@ -310,8 +313,31 @@ def check_folder(path: str) -> None:
         raise UserError(f"{path}: may not be read; change its rights")
 
 
+def _remove(at: Place, doomed: Sequence[str]) -> list[str]:
+    now = at.update(lambda now: now.without(doomed))
+    gone = [version for version in doomed if version in now.removed]
+    at.remove(gone)
+    return gone
+
+
+def _check_readable(model_path: str) -> None:
+    try:
+        for folder, _, files in os.walk(model_path):
+            for path in (os.path.join(folder, file) for file in files):
+                if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would be waited for
+                    raise UserError(f"{path}: is no file; remove it")
+                with open(path, "rb"):
+                    pass
+    except OSError as error:
+        raise UserError(f"{error.filename}: cannot be read ({reason_of(error)}); mend or remove it") from error
+
+
 def _published_already(model_path: str, to: Place, seen: Survey) -> str | None:
-    """The version that is this very model; it is put in service unless somebody has gone back from it."""
+    """The version that is this very model, which is in service then; None if there is none.
+
+    Raises:
+        WithdrawnError: somebody has gone back from it.
+    """
     digest = read_card(model_path).get(pointer.DIGEST)
     if digest is None:
         return None
@@ -323,12 +349,11 @@ def _published_already(model_path: str, to: Place, seen: Survey) -> str | None:
     if same is None or same == now.version:
         return same
     if now.is_withdrawn(same):
-        progress.note(
+        raise WithdrawnError(
             f"{to.base}: this model is version {same}, from which somebody went back to {now.version}, which stays in "
             f"service; --rollback {same} returns to it"
         )
-    else:
-        to.commit(_event(same, "published"), seen)
+    to.commit(_event(same, "published"), seen)
     return same
 
 

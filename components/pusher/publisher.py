@@ -9,8 +9,17 @@ import socket
 import uuid
 
 from trainer_module import config_json
+from trainer_module.errors import UserError
 
 _STALE_SECONDS = 24 * 3600.0
+
+
+class OutcomeUnknownError(UserError):
+    """No answer came whether a version is in service now."""
+
+
+class WithdrawnError(UserError):
+    """The model is there already, and somebody has gone back from it to another."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +53,10 @@ class Publisher:
         Raises:
             ValueError: it is none.
         """
-        return config_json.loads_foreign(cls, text)
+        found = config_json.loads_foreign(cls, text)
+        if not isinstance(found.process, int) or found.process < 1:
+            raise ValueError(f"{found.process!r} is no process")
+        return found
 
 
 def this_publisher() -> Publisher:
@@ -68,7 +80,7 @@ def is_running(process: int) -> bool:
     """Whether a process of this machine lives."""
     try:
         os.kill(process, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:
         return True

@@ -4,6 +4,7 @@ import dataclasses
 import os
 
 from components.pusher import publish
+from components.pusher.pointer import is_number
 from trainer_module.errors import UserError
 
 
@@ -43,7 +44,7 @@ def locate(model: str) -> Located:
     """
     path = model.rstrip("/") if "://" in model else os.path.abspath(os.path.expanduser(model))
     above, _, last = path.rpartition("/")
-    if path.startswith("gs://") and last.isdecimal() and above.count("/") >= 2:
+    if path.startswith("gs://") and is_number(last) and above.count("/") >= 2:
         return Located(above, last, followed=False)
     try:
         at, version = publish.model_at(path)
@@ -51,7 +52,7 @@ def locate(model: str) -> Located:
             return Located(at.base, version, followed=publish.whole(at)[-1] == version)
     except UserError as error:
         raise UserError(f"--model {error}") from error
-    return Located(above, last, followed=False) if last.isdecimal() else Located(path, "", followed=False)
+    return Located(above, last, followed=False) if is_number(last) else Located(path, "", followed=False)
 
 
 def in_bucket(model: Located, target: str) -> Located:

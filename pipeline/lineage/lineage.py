@@ -10,7 +10,7 @@ from typing import Any
 
 from components.pusher import publish
 from components.pusher.directory import read_card
-from components.pusher.pointer import DIGEST
+from components.pusher.pointer import DIGEST, is_number
 from pipeline import database
 from pipeline.lineage.graph import ASIDE, Artifact, Execution, Graph, Store
 from trainer_module.errors import UserError
@@ -110,7 +110,7 @@ def find(model: str, workdir: str | None) -> Lineage:
     Raises:
         UserError: there is no such version, nothing is known of it, or there are no metadata.
     """
-    if model.isdecimal() and (workdir or not os.path.isdir(model)):
+    if is_number(model) and (workdir or not os.path.isdir(model)):
         return _of_version(model, workdir)
     return _of_path(model, workdir)
 
@@ -147,7 +147,7 @@ def _of_path(path: str, workdir: str | None) -> Lineage:
         card = at.card(version)
     whole = at.path(version)
     name = os.path.basename(os.path.abspath(whole)) if version == "." else version
-    model = Model(name if name.isdecimal() else None, whole, card.get(DIGEST))
+    model = Model(name if is_number(name) else None, whole, card.get(DIGEST))
     home = Path(workdir).expanduser() if workdir else _home_above(whole)
     if home is not None:
         store = _open(home)
@@ -179,7 +179,7 @@ def _pushed_with(store: Store, card: Mapping[str, Any]) -> Artifact | None:
     """The publication whose card this is: known by the execution that wrote it, and the run, which is unlike others."""
     said = card.get("lineage") or {}
     number = str(said.get("execution") or "")
-    writer = store.execution(int(number)) if number.isdecimal() else None
+    writer = store.execution(int(number)) if is_number(number) else None
     if writer is None or writer.run != said.get("run"):
         return None
     cards = {one for ids in writer.outputs.values() for one in ids}

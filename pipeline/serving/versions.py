@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from components.pusher import publish
+from components.pusher.pointer import is_number
 from pipeline.serving.model import Model
 from pipeline.serving.refusal import Code, Refused, invalid
 from trainer_module import progress
@@ -177,5 +178,5 @@ def _find(path: str) -> tuple[int, str]:
     """The number of the version in service and its path; a model that has none in its path is version 1."""
     at, version = publish.model_at(path)
     where = at.path(version)
-    name = version if version.isdecimal() else os.path.basename(os.path.abspath(where))
-    return int(name) if name.isdecimal() else 1, where
+    name = version if is_number(version) else os.path.basename(os.path.abspath(where))
+    return int(name) if is_number(name) else 1, where

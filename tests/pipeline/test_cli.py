@@ -152,6 +152,7 @@ def test_help_and_refusals_import_nothing_heavy(arguments):
         (["publish", "--to", "x", "--list", "--keep", "3"], ["--keep", "not allowed with", "--list"]),
         (["publish", "--to", "x", "--keep", "some"], ["--keep some", "--keep 3"]),
         (["publish", "--to", "x", "--keep", "0"], ["--keep 0", "--keep 3"]),
+        (["publish", "--to", "x", "--keep", "9" * 5000], ["is not a number of versions", "--keep 3"]),
         (["publish", "--to", "x", "--rollback", "last"], ["--rollback last", "--list"]),
         (["publish", "--to", "/nowhere", "--rollback", "17"], ["/nowhere", "no such folder"]),
         (["publish", "--to", "x", "--model", "/nowhere"], ["/nowhere", "no such folder"]),

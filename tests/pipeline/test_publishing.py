@@ -1,5 +1,6 @@
 """./moco publish, from the words that are typed to what is in service."""
 
+import json
 import os
 import subprocess
 import sys
@@ -16,10 +17,12 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    """A folder with the files that make a SavedModel whole."""
-    for name in ("saved_model.pb", "variables/variables.index"):
+    """A folder with the files that make a SavedModel whole, and a card that says it is blessed."""
+    card = json.dumps({"evaluation": {"blessed": True}})
+    files = {"saved_model.pb": "one", "variables/variables.index": "one", "assets.extra/model_card.json": card}
+    for name, content in files.items():
         (tmp_path / "model" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "model" / name).write_text("one")
+        (tmp_path / "model" / name).write_text(content)
     return tmp_path / "model"
 
 
@@ -66,6 +69,35 @@ def test_a_model_is_published_listed_gone_back_from_and_removed(capsys, base, mo
     assert listed == [[third, "withdrawn"], [second, "in"]]
 
 
+def test_a_model_that_somebody_went_back_from_is_not_said_to_be_in_service(capsys, base, model):
+    for word in ("one", "two"):
+        (model / "saved_model.pb").write_text(word)
+        card = {"evaluation": {"blessed": True}, "model_sha256": word}
+        (model / "assets.extra" / "model_card.json").write_text(json.dumps(card))
+        typed(capsys, "--to", base, "--model", model)
+    second, first = (line.split()[0] for line in typed(capsys, "--to", base, "--list"))
+    typed(capsys, "--to", base, "--rollback", first)
+    assert f"--rollback {second} returns to it" in refused(capsys, "--to", base, "--model", model)
+    assert publish.resolve(base).endswith(first)
+
+
+def test_a_model_is_published_only_if_its_card_says_that_it_is_blessed_or_by_force(capsys, base, model):
+    card = model / "assets.extra" / "model_card.json"
+    for content, words in (
+        ('{"evaluation": {"blessed": false}}', "is not blessed, as its card says; --force"),
+        ('{"evaluation": {"blessed": "no"}}', "is not blessed, as its card says; --force"),
+        ("{}", "has no card that says it is blessed; --force"),
+        ("[]", "has no card that says it is blessed; --force"),
+    ):
+        card.write_text(content)
+        assert words in refused(capsys, "--to", base, "--model", model)
+    card.unlink()
+    assert "has no card" in refused(capsys, "--to", base, "--model", model)
+    (line,) = typed(capsys, "--to", base, "--model", model, "--force")
+    assert line == f"in service: {publish.resolve(base)}"
+    assert "--force goes with --model" in refused(capsys, "--to", base, "--list", "--force")
+
+
 def test_what_is_in_service_in_one_place_is_published_to_another(capsys, base, model, tmp_path):
     typed(capsys, "--to", base, "--model", model)
     typed(capsys, "--to", tmp_path / "copy", "--model", base)
@@ -92,6 +124,8 @@ def test_destinations_that_cannot_be_are_told(capsys, model, tmp_path):
     assert "is a file" in refused(capsys, "--to", file, "--list")
     assert f"cannot write to push destination {file}: file exists" in refused(capsys, "--to", file, "--model", model)
     assert "no such folder" in refused(capsys, "--to", tmp_path / "nowhere", "--keep", "3")
+    assert "an empty path is no place" in refused(capsys, "--to", "", "--list")
+    assert "an empty path is no place" in refused(capsys, "--to", tmp_path, "--model", "")
     assert "cannot write to push destination /proc/x" in refused(capsys, "--to", "/proc/x", "--model", model)
 
 
@@ -100,6 +134,22 @@ def test_without_credentials_the_way_to_them_is_told(capsys, monkeypatch):
     monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", "/nowhere/key.json")
     said = refused(capsys, "--to", "gs://models/x", "--list")
     assert "/nowhere/key.json was not found" in said
+    assert "gcloud auth application-default login" in said
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [(None, "key: Is a directory"), ("[]", "is no key file"), ("{", "is not a valid json file.)"), ("{}", "type")],
+)
+def test_credentials_that_are_none_are_told_in_one_line(capsys, monkeypatch, tmp_path, content, words):
+    key = tmp_path / "a folder of some length" / "key"
+    key.parent.mkdir()
+    key.mkdir() if content is None else key.write_text(content)
+    monkeypatch.delenv("STORAGE_EMULATOR_HOST", raising=False)
+    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(key))
+    said = refused(capsys, "--to", "gs://models/x", "--list")
+    assert words in said
+    assert "('" not in said.replace("('authorized_user'", "")
     assert "gcloud auth application-default login" in said
 
 
@@ -116,7 +166,7 @@ def test_a_full_disk_is_told_and_the_old_version_stays(capsys, model, tmp_path):
     command = [sys.executable, "-c", program, "publish", "--to", str(serving), "--model", str(model)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=ROOT, check=False)
     assert done.returncode == 2
-    assert done.stderr.startswith(f"moco: cannot write to push destination {serving}: ")
+    assert done.stderr.startswith(f"moco: cannot write to push destination {serving}: file too large")
     assert done.stderr.count("\n") == 1
     assert publish.resolve(str(serving)) == before
     assert [name for name in os.listdir(serving) if name.startswith(".pushing")] == []

@@ -1,6 +1,8 @@
 """A bucket behind a proxy as a place of publication, and what readers see of any place."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import faulty_storage
 from google.auth.credentials import AnonymousCredentials
@@ -9,6 +11,7 @@ from google.cloud.storage.retry import DEFAULT_RETRY
 
 from components.pusher import publish
 from components.pusher.bucket import Bucket, Transfer
+from components.pusher.pointer import Survey
 
 BASE = "gs://models/encoders/birds"
 # The library's retries, with less patience, so that a test of many faults takes seconds.
@@ -18,6 +21,21 @@ QUICK = Transfer(timeout=1.0, chunk=2**18, retry=DEFAULT_RETRY.with_delay(0.02, 
 def bucket_behind(proxy: faulty_storage._Server, base: str = BASE, transfer: Transfer = QUICK) -> Bucket:
     endpoint = {"api_endpoint": faulty_storage.url(proxy)}
     return Bucket(base, Client("none", AnonymousCredentials(), client_options=endpoint), transfer)
+
+
+class Meanwhile:
+    """A place at which something happens after a version was staged and before it comes into service."""
+
+    def __init__(self, at: publish.Place, happens: Callable[[], object]) -> None:
+        self._at, self._happens = at, happens
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._at, name)
+
+    def stage(self, model_path: str, seen: Survey) -> str:
+        version = self._at.stage(model_path, seen)
+        self._happens()
+        return version
 
 
 def tree(root: Path | str) -> dict[str, bytes]:

@@ -411,8 +411,73 @@ def test_a_refusal_of_the_bucket_is_one_line_and_leaves_the_old_version(storage,
     assert reader(storage) == tree(old)
 
 
+@pytest.mark.parametrize("at", ["list", "claim", "upload", "flip"])
+def test_any_other_refusal_is_one_line_with_the_services_words(storage, make_model, at):
+    old = make_model("old")
+    seed(storage, old)
+
+    def struck(request: Request) -> bool:
+        flip = request.is_upload and b"latest.json" in request.body
+        claim = request.is_upload and b".publishing" in request.body
+        upload = request.is_upload and not (flip or claim)
+        return {"list": "prefix" in request.query, "claim": claim, "upload": upload, "flip": flip}[at]
+
+    def refused(status: int) -> str:
+        answer = refusal(status, "why", f"the words of {status}")
+        with pytest.raises(UserError) as caught:
+            publish_through(storage, make_model(f"new{status}"), lambda _, request: answer if struck(request) else None)
+        return str(caught.value)
+
+    statuses = (302, 400, 405, 409, 412, 413)
+    with ThreadPoolExecutor(6) as pool:
+        for status, said in zip(statuses, pool.map(refused, statuses), strict=True):
+            assert said.startswith(f"{BASE}: gs://models refuses that ({status}: ")
+            assert f"the words of {status}" in said
+            assert "\n" not in said
+    assert reader(storage) == tree(old)
+    assert leftovers(storage) == []
+
+
+@pytest.mark.parametrize("body", [b"[]", b"{}", b"<html>", b'{"items": [{}]}'])
+def test_an_answer_that_is_not_the_services_is_told(storage, make_model, body):
+    seed(storage, make_model("old"))
+    answer = Answer(200, {"Content-Type": "application/json"}, body)
+    with faulty_storage.proxy(storage, lambda *_: answer) as proxy:
+        impatient = type(QUICK)(timeout=1.0, retry=QUICK.retry.with_timeout(0.3))
+        with pytest.raises(UserError) as caught:
+            publish.publish(str(make_model("new")), bucket_behind(proxy, transfer=impatient))
+    assert str(caught.value).startswith(BASE)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_upload_that_somebody_else_has_changed_never_comes_into_service(storage, make_model):
+    old, new = make_model("old"), make_model("new")
+    seed(storage, old)
+    changed = []
+
+    def change(number: int, request: Request) -> None:
+        # The list that the uploaded objects are compared with.
+        if request.query.get("prefix", "").rstrip("/").rpartition("/")[2].isdecimal() and not changed:
+            changed.append(request.query["prefix"] + "variables/variables.data")
+            with faulty_storage.proxy(storage) as other:
+                bucket_behind(other)._bucket.blob(changed[0]).upload_from_string("by another")
+
+    with pytest.raises(UserError, match="was changed by somebody else while it was uploaded"):
+        publish_through(storage, new, change)
+    assert changed
+    assert reader(storage) == tree(old)
+    assert leftovers(storage) == []
+
+
+def test_a_line_over_which_bytes_go_up_slowly_is_fast_enough(storage, make_model):
+    model = make_model("large", size=9 * 2**20)
+    with faulty_storage.proxy(storage, slow=True) as proxy:
+        publish.publish(str(model), bucket_behind(proxy, transfer=type(QUICK)(timeout=2.0, retry=QUICK.retry)))
+    assert reader(storage) == tree(model)
+
+
 def test_a_missing_bucket_and_a_network_that_is_gone_are_told(storage, proxy, make_model):
-    with pytest.raises(UserError, match="there is no bucket gs://another; check the name"):
+    with pytest.raises(UserError, match=r"there is no bucket gs://another \(404: .*; check the name"):
         publish.publish(str(make_model("x")), bucket_behind(proxy, "gs://another/x"))
     gone = bucket_behind(proxy, transfer=type(QUICK)(timeout=1.0, retry=QUICK.retry.with_timeout(0.3)))
     proxy.shutdown()
