@@ -113,8 +113,8 @@ def test_the_process_could_import_what_tensorflow_requires_and_nothing_else_that
     lines = Path(probe.__file__).read_text().splitlines()
     at = lines.index('    say(step="starting TensorFlow")')
     seek = [
-        "    import importlib.util",
-        f"    say(found=[name for name in {tries} if importlib.util.find_spec(name)])",
+        "    from importlib.util import find_spec",
+        f"    say(found=[name for name in {tries} if find_spec(name)])",
         "    return",
     ]
     script = tmp_path / "probe.py"
