@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from importlib.metadata import Distribution
 
 from packaging.requirements import Requirement
-from packaging.utils import canonicalize_name
+from packaging.utils import NormalizedName, canonicalize_name
 
 # TensorFlow requires it, for training; what is served must not: it would need the very version that exported it.
 _LEFT_OUT = frozenset({"keras"})
@@ -40,7 +40,7 @@ def _closure(distribution: Distribution) -> list[Distribution]:
     return list(found.values())
 
 
-def _required(distribution: Distribution) -> Iterator[str]:
+def _required(distribution: Distribution) -> Iterator[NormalizedName]:
     for text in distribution.requires or ():
         requirement = Requirement(text)
         if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):

@@ -390,12 +390,12 @@ def extracts_of(label: Callable[[int], bytes]) -> list[dict]:
         vectors = {
             name: rng.normal(size=8).astype(np.float32) for name in ("embedding", "untrained_embedding", "pixels")
         }
-        features = {name: np.array([value]) for name, value in features.items()}
+        features = {name: np.array([value], object) for name, value in features.items()}
         rows.append({constants.FEATURES_KEY: features, constants.PREDICTIONS_KEY: vectors})
     return rows
 
 
-def test_labels_of_held_out_images_train_nothing_and_labels_of_their_own_ask_nothing(run, tmp_path):
+def test_labels_of_held_out_images_train_nothing_and_labels_of_their_own_ask_nothing():
     import apache_beam as beam
     from apache_beam.testing.util import assert_that
 
