@@ -24,7 +24,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from components.evaluator.config import EvaluateConfig
-from components.image_example_gen.config import PILLOW_MAX_PIXELS, IngestConfig
+from components.image_example_gen.config import COLUMNS, PILLOW_MAX_PIXELS, IngestConfig
 from components.model_card.config import CardConfig
 from components.pusher.config import PublishConfig
 from components.serving_check.config import ServingCheckConfig
@@ -174,8 +174,9 @@ RANGES: Mapping[str, Range] = {
     "evaluate.min_embedding_std": Range(0, 1),
     "evaluate.min_effective_rank": Range(0, 8192),
     "evaluate.min_gain": Range(-1, 1),
+    "evaluate.gain_significance": _positive(1),
     "evaluate.tolerance": Range(0, 1),
-    "evaluate.significance": Range(0, 1),
+    "evaluate.significance": _positive(1),
     "evaluate.linear_probe_images": Range(1, 10**8),
     "evaluate.max_bank": Range(1, 10**8),
     "evaluate.max_queries": Range(1, 10**8),
@@ -588,6 +589,7 @@ def _impossible(config: Config) -> Iterator[str]:
     yield from _impossible_views(config)
     yield from _impossible_encoder(config)
     yield from _impossible_training(config)
+    yield from _impossible_slices(config.evaluate)
     yield from _impossible_publication(config)
     yield from _impossible_cloud(config)
 
@@ -652,6 +654,16 @@ def _impossible_encoder(config: Config) -> Iterator[str]:
         # What is on gs:// is looked for by who reads it: that takes TensorFlow.
         if "://" not in encoder.weights and not os.path.isfile(os.path.expanduser(encoder.weights)):
             yield f"encoder.weights={_show(encoder.weights)}: there is no such file"
+
+
+def _impossible_slices(evaluate: EvaluateConfig) -> Iterator[str]:
+    for column in evaluate.slices:
+        if column not in COLUMNS:
+            columns = _by_nearness(column, COLUMNS)
+            yield (
+                f"evaluate.slices={_show(evaluate.slices)}: images cannot be grouped by {_show(column)}, but by "
+                f"{', '.join(columns)}; e.g. evaluate.slices=[{columns[0]}]"
+            )
 
 
 def _impossible_publication(config: Config) -> Iterator[str]:

@@ -14,6 +14,7 @@ from tfx.components.evaluator.constants import ARTIFACT_PROPERTY_BLESSED_KEY
 from tfx.types import Artifact
 from tfx.utils import io_utils
 
+from components.evaluator import label_free
 from components.evaluator.eval_config import (
     as_json,
     read_intervals,
@@ -22,6 +23,7 @@ from components.evaluator.eval_config import (
     read_rules,
     read_validation,
 )
+from components.evaluator.outcomes import HITS, PREFIXES
 from components.model_card.card import JSON_FILE, PAGE_FILE
 from components.serving_check.executor import read_report
 from components.serving_check.requests import BATCHES
@@ -31,25 +33,9 @@ from pipeline.config import Config
 from trainer_module.input import MANIFEST
 from trainer_module.run_fn import TRAINING_FILE
 
-_METRICS = (
-    "knn_top1",
-    "linear_top1",
-    "random_init_knn_top1",
-    "pixel_knn_top1",
-    "embedding_std",
-    "effective_rank",
-    "uniformity",
-    "neighbour_consistency",
-    "random_init_neighbour_consistency",
-    "knn_top5",
-    "linear_top5",
-    "random_init_linear_top1",
-    "pixel_linear_top1",
-    "recall_at_1",
-    "recall_at_5",
-    "recall_at_10",
-)
-_TRAIN = ("steps", "images_per_second", "final_loss", "strategy", "replicas")
+# Of the Evaluator, each beside that of the untrained network and of raw pixels.
+_METRICS = tuple(f"{prefix}{name}" for name in (*HITS, *label_free.NAMES) for prefix in PREFIXES.values())
+_TRAIN = ("steps", "images_per_second", "final_loss", "strategy", "replicas", "alignment")
 _COUNTS = ("read", "ingested", "quarantined", "duplicates", "train", "eval")
 
 
@@ -100,8 +86,7 @@ def collect(nodes: Sequence[Node], seconds: float) -> dict[str, Any]:
         "images": {key: counts[key] for key in _COUNTS},
         "rules": [rule._asdict() for rule in read_rules(by_id["Evaluator"].uri("evaluation"))],
         "intervals": as_json({name: estimates[name] for name in _METRICS if name in estimates}),
-        "metrics": {name: metrics.get(name) for name in _METRICS}
-        | {"pretext_top1": training["pretext_top1"], "alignment": training["alignment"]},
+        "metrics": {name: metrics.get(name) for name in _METRICS} | {"pretext_top1": training["pretext_top1"]},
         "train": {name: training[name] for name in _TRAIN},
         "serving": {"reasons": list(served.reasons)} | dict(served.figures),
         "seconds": {node.id: round(node.seconds, 2) for node in nodes} | {"total": round(seconds, 2)},
@@ -119,7 +104,7 @@ def failed(nodes: Sequence[Node], current: str, error: BaseException, seconds: f
             "pushed_model": None,
             "model_card": None,
             "images": _counts_so_far(nodes),
-            "metrics": dict.fromkeys((*_METRICS, "pretext_top1", "alignment")),
+            "metrics": dict.fromkeys((*_METRICS, "pretext_top1")),
             "train": dict.fromkeys(_TRAIN),
             "failed_component": current or None,
             "error": str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__,

@@ -11,7 +11,6 @@ import tensorflow as tf
 import tensorflow_transform as tft
 
 from trainer_module import config_json
-from trainer_module.alarms import Kind
 from trainer_module.build import build
 from trainer_module.config import AugmentConfig, EncoderConfig, ImageConfig, KeyBnMode, TrainConfig, is_operational
 from trainer_module.driver import Driver, learning_rate, train
@@ -123,8 +122,7 @@ def run_fn(fn_args: Any) -> None:
     _copy_files(posixpath.join(logs, "train"), posixpath.join(fn_args.model_run_dir, "train"))
     driver.copy_weights_to(encoder.model)
     trained = make_encoder_module(encoder.backbone, transform, statistics, experiment)
-    leak = result.alarms.get(Kind.leak.value, "")
-    save_evaluation(EvaluationModule(trained, untrained, experiment.augment, leak), fn_args.eval_model_dir)
+    save_evaluation(EvaluationModule(trained, untrained, experiment.augment, result.leak), fn_args.eval_model_dir)
     facts = {"dim": encoder.backbone.output_shape[-1], "layer": "backbone", **statistics._asdict()}
     save_encoder(trained, facts, fn_args.serving_model_dir)
     state = driver.state()

@@ -20,7 +20,7 @@ import tensorflow as tf
 from numpy.typing import NDArray
 
 from trainer_module import progress
-from trainer_module.alarms import History, Interval, check_losses, check_weights, judge, sounding
+from trainer_module.alarms import History, Interval, Kind, check_losses, check_weights, judge, sounding
 from trainer_module.config import TrainConfig
 from trainer_module.errors import UserError
 from trainer_module.geometry import effective_rank
@@ -54,6 +54,11 @@ class Result:
     pretext_top1: float
     alignment: float
     alarms: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    @property
+    def leak(self) -> str:
+        """What the alarm of a leak through batch normalisation says at the end; empty if it is silent."""
+        return self.alarms.get(Kind.leak.value, "")
 
 
 def timed_next(batches: Iterator[T]) -> tuple[T, tf.Tensor]:

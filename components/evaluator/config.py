@@ -24,9 +24,11 @@ class EvaluateConfig:
             the number of images and of dimensions allows is asked for. One direction alone has 1.
         min_gain: the score must exceed that of the same encoder untrained by more than this, with the whole interval
             of the gain. Below 0 no gain is asked for.
-        tolerance: the score may fall below the last blessed model's by this much; more only where the paired test does
-            not tell the two apart. 1 accepts any.
-        significance: two-sided p below which a paired test tells two models apart.
+        gain_significance: two-sided p that the paired test of that gain must be below; small, since of many trainings
+            one may be lucky.
+        tolerance: the score may fall below the last blessed model's by this much, and less than proven to be within it
+            only where the paired test does not say that it fell; see components.evaluator.rules. 1 accepts any.
+        significance: two-sided p below which the paired test says that a model is worse than the last blessed one.
         missing_baseline: see MissingBaseline.
         slices: features of the examples, each of whose values gets metrics of its own.
         linear_probe: whether a logistic regression is trained on the frozen embeddings (labelled sets).
@@ -42,6 +44,7 @@ class EvaluateConfig:
     min_embedding_std: float = 0.02
     min_effective_rank: float = 2.0
     min_gain: float = 0.0
+    gain_significance: float = 0.001
     tolerance: float = 0.02
     significance: float = 0.05
     missing_baseline: MissingBaseline = MissingBaseline.refuse

@@ -98,7 +98,7 @@ class JudgeImages(beam.PTransform):
             | f"ProbeSample.{name}" >> beam.Filter(lambda image, known: image.rank < known.ends["probe"], known)
             | f"ProbeVectors.{name}" >> beam.Map(_labelled_vector, name, known)
             | f"ProbeImages.{name}" >> beam.combiners.ToList()
-            | f"FitProbe.{name}" >> beam.Map(_fit_probe)
+            | f"FitProbe.{name}" >> beam.Map(_fit_probe, known)
         )
         return queries | f"Rank.{name}" >> beam.FlatMap(_rank, name, AsSingleton(probe))
 
@@ -165,10 +165,10 @@ def _labelled_vector(image: Image, name: str, known: Census) -> tuple[int, int, 
     return image.rank, known.label(image), image.views[name].image
 
 
-def _fit_probe(images: list[tuple[int, int, NDArray[np.float16]]]) -> linear_probe.Probe | None:
-    """Fits the probe of one representation; None without images, or where one is not finite."""
+def _fit_probe(images: list[tuple[int, int, NDArray[np.float16]]], known: Census) -> linear_probe.Probe | None:
+    """Fits the probe of one representation; None where labels say nothing, or a vector is not finite."""
     ordered = sorted(images, key=lambda image: image[0])
-    if not ordered:
+    if not ordered or not known.facts.labels_meet:
         return None
     vectors = np.stack([vector for _, _, vector in ordered])
     if not np.isfinite(vectors).all():
@@ -190,7 +190,7 @@ def _outcome(joined: tuple[bytes, dict[str, Iterable[Any]]], config: EvaluateCon
         raise ValueError(f"{len(images)} examples of the eval split have {_SHA}={key.decode()}")
     (image,) = images
     label, predicted, hits = known.label(image), NO_LABEL, nothing_asked()
-    asks = label != NO_LABEL and known.facts.bank_counts.any()
+    asks = label != NO_LABEL and known.facts.labels_meet
     for number, name in enumerate(REPRESENTATIONS if asks else ()):
         for found in parts.get(f"neighbours.{name}", ()):
             ranked = next(iter(parts.get(f"ranked.{name}", ())), None)

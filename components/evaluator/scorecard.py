@@ -88,6 +88,11 @@ class Facts:
     leak: str | None
     has_baseline: bool
 
+    @property
+    def labels_meet(self) -> bool:
+        """Whether an eval image has a label of the train split: else none could be found, by whatever encoder."""
+        return bool(np.any((self.bank_counts > 0) & (self.query_counts > 0)))
+
 
 @dataclasses.dataclass(frozen=True)
 class Slice:
@@ -244,13 +249,16 @@ def _findings(
         gain_p=value("score_gain_p"),
         has_baseline=facts.has_baseline,
         baseline=baseline["score"].value,
+        change=candidate["score_change"],
         change_p=value("score_change_p"),
         leak=facts.leak,
     )
 
 
 def _notes(facts: Facts) -> list[str]:
-    notes = []
+    notes: list[str] = []
+    if facts.bank_counts.any() and facts.query_counts.any() and not facts.labels_meet:
+        return ["no eval image has a label of the train split: labels say nothing, and two views are compared instead"]
     for here, there, split, text in (
         (facts.bank_counts, facts.query_counts, "eval", "nothing is known of how well they are found"),
         (facts.query_counts, facts.bank_counts, "train", "they count as not found"),

@@ -13,6 +13,10 @@ from trainer_module.errors import UserError
 PILLOW_MAX_PIXELS = 178_956_970
 
 
+# Features of an example by which images can be grouped; its bytes and their hash are each image's own.
+COLUMNS = ("image/label", "image/format", "image/split", "image/path", "image/height", "image/width")
+
+
 class Labels(enum.Enum):
     """Where labels come from."""
 

@@ -68,7 +68,7 @@ def _metadata(card: Card) -> Iterator[str]:
         result = {
             "task": {"type": "image-feature-extraction"},
             "dataset": {
-                "name": _text(card.statement.dataset) or f"{card.name}, held-out images",
+                "name": " ".join(card.statement.dataset.split()) or f"{card.name}, held-out images",
                 "type": "image-folder",
             },
             "metrics": [{"type": m.name, "name": m.title, "value": round(m.trained.value or 0.0, 4)} for m in measured],
@@ -87,7 +87,7 @@ def _summary(card: Card) -> Iterator[str]:
     )
     yield ""
     yield f"**{'Blessed' if card.evaluation.blessed else 'Not blessed'}**" + (
-        "." if card.evaluation.blessed else ": " + _text("; ".join(card.evaluation.reasons) or "see below") + "."
+        "." if card.evaluation.blessed else ": " + _plain("; ".join(card.evaluation.reasons) or "see below") + "."
     )
     yield from ("", f"Pictures: [{PAGE_FILE}]({PAGE_FILE}).", "")
 
@@ -112,7 +112,14 @@ def _details(card: Card) -> Iterator[str]:
 
 def _uses(card: Card) -> Iterator[str]:
     yield from ("## Uses", "", _text(card.statement.intended_use) or f"Intended use: {NOT_STATED}.", "")
-    yield from ("## Limits", "", *(f"- {_text(limit)}" for limit in card.limits), "")
+    own, found = card.statement.limits, card.limits[len(card.statement.limits) :]
+    yield from (
+        "## Limits",
+        "",
+        *(f"- {_text(limit)}" for limit in own),
+        *(f"- {_plain(limit)}" for limit in found),
+        "",
+    )
 
 
 def _start(card: Card) -> Iterator[str]:
@@ -205,7 +212,7 @@ def _evaluation(card: Card) -> Iterator[str]:
     rules = [(_literal(rule.text), outcome[rule.holds]) for rule in evaluation.rules]
     yield from _table(("Rule of the blessing", ""), rules)
     if evaluation.notes:
-        yield from (*(f"- {_text(note)}" for note in evaluation.notes), "")
+        yield from (*(f"- {_plain(note)}" for note in evaluation.notes), "")
 
 
 def _metric_row(metric: Metric, columns: Sequence[str]) -> tuple[str, ...]:
@@ -257,4 +264,9 @@ def _literal(text: str) -> str:
 
 def _text(text: str) -> str:
     """On one line, and without what Markdown would take for HTML."""
-    return " ".join(text.split()).replace("<", "&lt;")
+    return " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;")
+
+
+def _plain(text: str) -> str:
+    """Words that hold names from elsewhere, such as labels: on one line, and as they stand."""
+    return _text(_literal(text))

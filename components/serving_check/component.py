@@ -23,7 +23,8 @@ class ServingCheck(base_component.BaseComponent):
 
     Output `blessing`: InfraBlessing with the stock InfraValidator's files and properties: INFRA_BLESSED or
     INFRA_NOT_BLESSED, `blessed`, `has_model`. A blessed one holds the model with TensorFlow Serving's warm-up
-    requests beside it, which a Pusher that is given no `model` publishes. serving_check.json has reasons and figures.
+    requests beside it, of drawn pictures; a Pusher that is given no `model` publishes it. serving_check.json has
+    reasons and figures.
     """
 
     SPEC_CLASS = ServingCheckSpec

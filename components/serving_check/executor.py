@@ -16,7 +16,7 @@ from tfx.types import artifact_utils
 from tfx.utils import io_utils, path_utils
 
 from components.serving_check.config import ServingCheckConfig
-from components.serving_check.requests import make_requests, to_warm_up
+from components.serving_check.requests import make_requests, make_warm_up
 from components.serving_check.session import ask
 from components.serving_check.verdict import Verdict, judge
 from trainer_module import config_json
@@ -44,12 +44,14 @@ class Executor(base_executor.BaseExecutor):
         config = config_json.loads(ServingCheckConfig, exec_properties["config"])
         precision = Precision[exec_properties["precision"]]
         model_path = path_utils.serving_model_path(model.uri, path_utils.is_old_model_artifact(model))
-        requests = make_requests(read_expected(os.path.join(model_run.uri, EXPECTED_FILE)))
+        probes = read_expected(os.path.join(model_run.uri, EXPECTED_FILE))
+        requests = make_requests(probes)
         with _on_this_machine(model_path) as folder:
             verdict = judge(requests, ask(folder, requests, config.timeout_s), config, precision)
         _write_report(verdict, blessing.uri)
         if verdict.blessed:
-            _store_with_warm_up(model_path, to_warm_up(requests), blessing)
+            # The probes are the user's images, of which none may be published with the model.
+            _store_with_warm_up(model_path, make_warm_up(len(probes[0].square)), blessing)
         mark(blessing, verdict.blessed)
 
 

@@ -3,10 +3,10 @@
     python -I -S probe.py PACKAGES MODEL FOLDER
 
 Python starts without its user's and its site's settings, so this project cannot be found; from PACKAGES, a folder with
-TensorFlow, everything can be imported but Keras and what else only trains. FOLDER holds plan.json, a list of
-{"signature", "input", "file", "timed"}, whose files are TensorProtos; the answers come there as .npy files. What it
-does is said on standard output, a line of JSON before each step and one after it, so that whoever watches knows where
-it hung or died.
+TensorFlow, nothing can be imported but what the plan names. FOLDER holds plan.json: {"importable": modules, dotted
+where their package is shared, "calls": a list of {"signature", "input", "file", "timed"}}, whose files are
+TensorProtos; the answers come there as .npz files. What it does is said on standard output, a line of JSON before each
+step and one after it, so that whoever watches knows where it hung or died.
 """
 
 import ctypes
@@ -16,9 +16,9 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any, TextIO
 
-ABSENT = ("keras", "tf_keras", "tfx", "tensorflow_transform", "apache_beam")
 LOADING = "loading the model"
 
 _SET_PARENT_DEATH_SIGNAL = 1  # of prctl
@@ -26,13 +26,28 @@ _TIMED_SECONDS = 0.5
 _TIMED_CALLS = (3, 50)  # at the least, at the most
 
 
-class _OnlyTensorFlow(importlib.machinery.PathFinder):
-    """Finds what is installed, but for what a server does not have."""
+class _OnlyNamed:
+    """Finds Python's own modules, and of a folder of packages those that are named."""
 
-    @classmethod
-    def find_spec(cls, fullname: str, path: Any = None, target: Any = None) -> Any:
-        """See the base class."""
-        return None if fullname.partition(".")[0] in ABSENT else super().find_spec(fullname, path, target)
+    find_distributions = staticmethod(importlib.machinery.PathFinder.find_distributions)
+
+    def __init__(self, packages: str, importable: Sequence[str]) -> None:
+        self._folder = os.path.join(packages, "")
+        self._named = frozenset(importable)
+        self._shared = frozenset(name.partition(".")[0] for name in importable if "." in name)
+
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> Any:
+        """As importlib's finders do."""
+        spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
+        return None if spec is None or (self._lies_in_the_folder(spec) and not self._is_named(fullname)) else spec
+
+    def _lies_in_the_folder(self, spec: importlib.machinery.ModuleSpec) -> bool:
+        place = spec.origin if spec.has_location else next(iter(spec.submodule_search_locations or ()), "")
+        return (place or "").startswith(self._folder)
+
+    def _is_named(self, fullname: str) -> bool:
+        parts = fullname.split(".")
+        return parts[0] in self._named or ".".join(parts[:2]) in self._named or fullname in self._shared
 
 
 def main(packages: str, model: str, folder: str, said: TextIO) -> None:
@@ -48,10 +63,11 @@ def main(packages: str, model: str, folder: str, said: TextIO) -> None:
     def say(**what: Any) -> None:
         print(json.dumps(what), file=said, flush=True)
 
+    with open(os.path.join(folder, "plan.json"), encoding="utf-8") as file:
+        plan = json.load(file)
     sys.path.append(packages)
-    sys.meta_path[:] = [
-        _OnlyTensorFlow if finder is importlib.machinery.PathFinder else finder for finder in sys.meta_path
-    ]
+    only = _OnlyNamed(packages, plan["importable"])
+    sys.meta_path[:] = [only if finder is importlib.machinery.PathFinder else finder for finder in sys.meta_path]
     say(step="starting TensorFlow")
     import tensorflow as tf
 
@@ -65,9 +81,7 @@ def main(packages: str, model: str, folder: str, said: TextIO) -> None:
         return
     inputs = {name: sorted(signature.structured_input_signature[1]) for name, signature in signatures.items()}
     say(loaded=inputs, load_seconds=time.monotonic() - began)
-    with open(os.path.join(folder, "plan.json"), encoding="utf-8") as file:
-        plan = json.load(file)
-    for number, call in enumerate(plan):
+    for number, call in enumerate(plan["calls"]):
         if inputs.get(call["signature"]) == [call["input"]]:
             say(step=number)
             _call(tf, signatures[call["signature"]], number, call, folder, say)

@@ -1,6 +1,6 @@
 """What a model is asked: each signature with real images at three sizes of batch, with none, and with broken ones.
 
-The same requests are TensorFlow Serving's warm-up.
+And what TensorFlow Serving asks of it to warm up, which is published with it: drawn pictures, for these are nobody's.
 """
 
 import dataclasses
@@ -19,6 +19,8 @@ BATCHES = (1, 7, 64)
 INPUTS = {"serving_default": "image_bytes", "examples": "examples", "pixels": "image"}  # of each signature
 
 _WARM_UP_BATCHES = (1, 7)  # of pixels, 64 images would be tens of megabytes
+_NOISE = 24.0  # standard deviation in a drawn picture, of 255
+_SEED = 17
 _MODEL_NAME = "encoder"
 
 
@@ -67,13 +69,33 @@ def make_requests(probes: Sequence[Probe]) -> list[Request]:
     return [request for signature in INPUTS for request in _of_signature(signature, probes)]
 
 
-def to_warm_up(requests: Sequence[Request]) -> list[prediction_log_pb2.PredictionLog]:
-    """TensorFlow Serving's warm-up: real images, by each signature.
+def make_warm_up(side: int) -> list[prediction_log_pb2.PredictionLog]:
+    """TensorFlow Serving's warm-up: drawn pictures, by each signature; equal ones every time.
 
-    TensorFlow Serving replays at most 1,000 of them when it loads a version; here are two for each signature.
+    TensorFlow Serving replays at most 1,000 requests when it loads a version; here are two for each signature.
+
+    Args:
+        side: of the pictures, in pixels, as of the images that the model is for.
     """
-    chosen = (r for r in requests if r.kind is Kind.images and len(r.value) in _WARM_UP_BATCHES)
-    return [_prediction_log(request) for request in chosen]
+    squares = _draw(side, max(_WARM_UP_BATCHES))
+    files = [(tf.io.encode_png if at % 2 else tf.io.encode_jpeg)(square).numpy() for at, square in enumerate(squares)]
+    return [
+        _prediction_log(signature, _value(signature, files[:count], squares[:count]))
+        for signature in INPUTS
+        for count in _WARM_UP_BATCHES
+    ]
+
+
+def _draw(side: int, count: int) -> list[NDArray[np.uint8]]:
+    """Slopes of colours under noise, uint8[side, side, 3] each: decoders take about as long as over photographs."""
+    generator = np.random.Generator(np.random.Philox(key=_SEED))
+    down, right = np.meshgrid(np.linspace(-1, 1, side), np.linspace(-1, 1, side), indexing="ij")
+    pictures = []
+    for slopes in generator.uniform(-60, 60, (count, 2, 3)):
+        colours = 128 + down[..., None] * slopes[0] + right[..., None] * slopes[1]
+        noisy = colours + generator.normal(0, _NOISE, (side, side, 3))
+        pictures.append(noisy.clip(0, 255).astype(np.uint8))
+    return pictures
 
 
 def _of_signature(signature: str, probes: Sequence[Probe]) -> Iterator[Request]:
@@ -81,16 +103,16 @@ def _of_signature(signature: str, probes: Sequence[Probe]) -> Iterator[Request]:
         batch = list(itertools.islice(itertools.cycle(probes), count))
         expected = np.stack([p.square_embedding if signature == "pixels" else p.embedding for p in batch])
         what = f"{count} image{'s' if count > 1 else ''}"
-        yield Request(signature, Kind.images, what, _value(signature, batch), expected)
-    yield Request(signature, Kind.empty, "an empty batch", _value(signature, probes)[:0])
+        value = _value(signature, [p.encoded for p in batch], [p.square for p in batch])
+        yield Request(signature, Kind.images, what, value, expected)
+    yield Request(signature, Kind.empty, "an empty batch", value[:0])
     for what, value in _broken(signature, probes):
         yield Request(signature, Kind.broken, what, value)
 
 
-def _value(signature: str, probes: Sequence[Probe]) -> NDArray:
+def _value(signature: str, encoded: Sequence[bytes], squares: Sequence[NDArray[np.uint8]]) -> NDArray:
     if signature == "pixels":
-        return np.stack([probe.square for probe in probes]).astype(np.float32)
-    encoded = [probe.encoded for probe in probes]
+        return np.stack(squares).astype(np.float32)
     return _strings([_example(data) for data in encoded] if signature == "examples" else encoded)
 
 
@@ -119,9 +141,9 @@ def _strings(values: Sequence[bytes]) -> NDArray:
     return np.array(values, object)  # NumPy's own type of bytes drops zeros at the end
 
 
-def _prediction_log(request: Request) -> prediction_log_pb2.PredictionLog:
+def _prediction_log(signature: str, value: NDArray) -> prediction_log_pb2.PredictionLog:
     asked = predict_pb2.PredictRequest()
     asked.model_spec.name = _MODEL_NAME
-    asked.model_spec.signature_name = request.signature
-    asked.inputs[request.input].CopyFrom(tf.make_tensor_proto(request.value))
+    asked.model_spec.signature_name = signature
+    asked.inputs[INPUTS[signature]].CopyFrom(tf.make_tensor_proto(value))
     return prediction_log_pb2.PredictionLog(predict_log=prediction_log_pb2.PredictLog(request=asked))

@@ -19,6 +19,7 @@ import tensorflow as tf
 from numpy.typing import NDArray
 
 from components.serving_check import probe
+from components.serving_check.installed import tensorflow_alone
 from components.serving_check.probe import LOADING
 from components.serving_check.requests import Kind, Request
 from trainer_module import progress
@@ -93,7 +94,8 @@ def _write_plan(requests: Sequence[Request], folder: str, timed: bool) -> None:
         Path(folder, file).write_bytes(tf.make_tensor_proto(request.value).SerializeToString())
         by_clock = timed and request.kind is Kind.images
         plan.append({"signature": request.signature, "input": request.input, "file": file, "timed": by_clock})
-    Path(folder, "plan.json").write_text(json.dumps(plan), encoding="utf-8")
+    content = {"importable": tensorflow_alone(), "calls": plan}
+    Path(folder, "plan.json").write_text(json.dumps(content), encoding="utf-8")
 
 
 def _start(model: str, folder: str, complaints: IO[bytes]) -> subprocess.Popen:

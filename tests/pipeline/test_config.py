@@ -236,6 +236,11 @@ def test_what_cannot_be_read_is_refused_in_one_line_with_the_mend(override, word
         (["train.tpu.name=pod", "train.strategy=single"], ["train.tpu.name=pod", "e.g. train.strategy=tpu"]),
         (["train.checkpoints=s3://bucket/run"], ["train.checkpoints=s3://bucket/run", "gs://BUCKET/PATH"]),
         (["train.epochs=3", "train.epochs=4"], ["train.epochs", "twice", "3 and 4"]),
+        (["evaluate.slices=[image/lable]"], ["evaluate.slices=[image/lable]", "e.g. evaluate.slices=[image/label]"]),
+        (["evaluate.slices=[image/label,image/encoded]"], ["grouped by image/encoded", "image/format", "image/width"]),
+        (["evaluate.slices=[image/sha256]"], ["grouped by image/sha256", "e.g. evaluate.slices=[image/"]),
+        (["evaluate.significance=0"], ["evaluate.significance=0 must be above 0 and at most 1"]),
+        (["evaluate.gain_significance=0"], ["evaluate.gain_significance=0 must be above 0 and at most 1"]),
         (["cloud.root=/tmp/moco"], ["cloud.root=/tmp/moco", "gs://BUCKET/PATH"]),
         (["cloud.labels=[Team=a]"], ["Team=a", "e.g. cloud.labels=[team=vision]"]),
     ],
@@ -283,7 +288,8 @@ def test_logical_cpu_devices_do_not_matter_where_a_tpu_has_cores_of_its_own():
 
 
 def test_the_value_that_a_refusal_proposes_is_accepted():
-    for override in ["train.queue=100", "train.global_batch=250", "augment.size=300", "train.epochs=-4", "seed=-1"]:
+    refused = ["train.queue=100", "train.global_batch=250", "augment.size=300", "train.epochs=-4", "seed=-1"]
+    for override in [*refused, "evaluate.slices=[image/lable]"]:
         proposed = refusal(override).rpartition("e.g. ")[2].split(" or ")[0]
         load("moco_v2", [proposed])
 

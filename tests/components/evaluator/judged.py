@@ -1,12 +1,18 @@
 """Embeddings to a slice by plain NumPy: an independent reading of what the extractor does on Beam."""
 
+from collections.abc import Sequence
+from pathlib import Path
+
 import numpy as np
 
 from components.evaluator import linear_probe
 from components.evaluator.config import EvaluateConfig
 from components.evaluator.outcomes import HITS, NO_LABEL, REPRESENTATIONS, hits_of, vote
 from components.evaluator.scorecard import Facts, Sample, Slice
+from trainer_module.config import KeyBnConfig, KeyBnMode, TrainConfig, WatchConfig
 from trainer_module.knn import unit
+from trainer_module.moco import Metrics
+from trainer_module.watch import Result, Watch
 
 
 def judged(
@@ -31,6 +37,8 @@ def judged(
             found = _found(vectors[name], coded, bank, queries, config)
             hits[coded[queries] >= 0, number] = found[0][coded[queries] >= 0]
             predicted = found[1] if name == "embedding" else predicted
+    if not set(coded[bank]) & set(coded[queries]):
+        hits[:] = np.nan
     samples = {
         name: Sample(np.arange(count), value[queries], *(view[queries] for view in views.get(name, ())))
         if name in views
@@ -50,6 +58,17 @@ def judged(
         has_baseline="baseline" in vectors,
     )
     return Slice(coded[queries], predicted, hits, np.tile(finite, (count, 1)), samples, facts)
+
+
+def trained_so(folder: Path, pretext: float, knn: Sequence[float]) -> Result:
+    """What the trainer's own watch says of a training with this pretext accuracy and these kNN measurements."""
+    epochs, measured = len(knn), iter(knn)
+    watching = WatchConfig(knn_epochs=1)
+    config = TrainConfig(global_batch=8, log_steps=2, key_bn=KeyBnConfig(KeyBnMode.none), watch=watching)
+    watch = Watch(0, 4 * epochs, 4, config, folder, knn=lambda: next(measured))
+    for done in range(1, 4 * epochs + 1):
+        watch.see(done, Metrics(*(0.5 for _ in Metrics._fields))._replace(pretext_top1=pretext))
+    return watch.result()
 
 
 def half(vectors: np.ndarray) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import json
 import os
 import tarfile
 from collections.abc import Callable
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from judged import judged
+from judged import judged, trained_so
 
 from components.evaluator.config import EvaluateConfig
 from components.evaluator.resampling import Estimate
@@ -67,7 +68,12 @@ def write_examples(
     return serialised
 
 
-def save_model(directory: Path, kind: str) -> None:
+def leak_of(kind: str, folder: Path) -> str:
+    """What the trainer would write into the export: of a training whose batch statistics betrayed the positive."""
+    return trained_so(folder / kind, pretext=0.99, knn=(0.4, 0.2) if kind == "leaking" else (0.2, 0.4)).leak
+
+
+def save_model(directory: Path, kind: str, leak: str) -> None:
     """Writes a model artifact whose evaluation export embeds images well, badly, or not at all."""
     import tensorflow as tf
 
@@ -105,7 +111,7 @@ def save_model(directory: Path, kind: str) -> None:
                 "embedding": embed(pixels, noise(1), heavy),
                 "untrained_embedding": noise(2),
                 "pixels": pixels,
-                "leak": tf.fill(tf.shape(examples), "leak at step 7" if kind == "leaking" else ""),
+                "leak": tf.fill(tf.shape(examples), leak),
             }
             # Two views: a darker and a lighter picture; of noise, other noise.
             views = [embed(pixels * f, noise(3 + n), heavy) for n, f in enumerate((0.8, 1.0))]
@@ -172,7 +178,7 @@ def run(tmp_path_factory) -> Run:
             custom_properties={"payload_format": "FORMAT_TF_EXAMPLE"},
         ).with_id(name)
     for kind in sorted({kind for pair in NODES.values() for kind in pair[:2] if kind}):
-        save_model(root / kind, kind)
+        save_model(root / kind, kind, leak_of(kind, tmp_path_factory.mktemp("logs")))
         nodes[kind] = tfx.dsl.Importer(str(root / kind), tfx.types.standard_artifacts.Model).with_id(kind)
     for name, (candidate, baseline, examples, config) in NODES.items():
         nodes[f"Evaluator.{name}"] = tfx.components.Evaluator(
@@ -305,7 +311,9 @@ def test_a_leak_alarm_of_the_trainer_keeps_a_model_from_being_blessed(run):
     from components.evaluator.eval_config import read_validation
 
     assert read_validation(run.uri("leaking", "evaluation")) == [
-        "not blessed: the leak alarm sounded to the end of training: leak at step 7"
+        "not blessed: the leak alarm sounded to the end of training: leak at step 8: pretext top-1 is 0.990 while kNN "
+        "fell from 0.400 to 0.200: batch statistics betray the positive (train.key_bn.mode=none); set "
+        "train.key_bn.mode=cross_replica_sum with train.replicas=2"
     ]
 
 
@@ -364,3 +372,101 @@ def test_a_model_whose_files_are_gone_is_refused_in_one_line(run, tmp_path):
     with pytest.raises(UserError, match=r"last blessed model .* is gone, .*missing_baseline=skip") as refusal:
         eval_model.custom_eval_shared_model(gone, tfma.BASELINE_KEY, make_eval_config(CONFIG, code="test"))
     assert "\n" not in str(refusal.value)
+
+
+def extracts_of(label: Callable[[int], bytes]) -> list[dict]:
+    """Images of noise, of two classes; those that are held out have labels of the caller's."""
+    from tensorflow_model_analysis import constants
+
+    rng = np.random.default_rng(3)
+    rows = []
+    for number in range(48):
+        split = b"eval" if number >= 36 else b"train"
+        features = {
+            "image/sha256": b"%064x" % number,
+            "image/split": split,
+            "image/label": label(number) if split == b"eval" else [b"a", b"b"][number % 2],
+        }
+        vectors = {
+            name: rng.normal(size=8).astype(np.float32) for name in ("embedding", "untrained_embedding", "pixels")
+        }
+        features = {name: np.array([value], object) for name, value in features.items()}
+        rows.append({constants.FEATURES_KEY: features, constants.PREDICTIONS_KEY: vectors})
+    return rows
+
+
+def test_labels_of_held_out_images_train_nothing_and_labels_of_their_own_ask_nothing():
+    import apache_beam as beam
+    from apache_beam.testing.util import assert_that
+
+    from components.evaluator.extractor import OUTCOME_KEY, JudgeImages
+
+    asked = {"a": lambda _: b"a", "b": lambda _: b"b", "own": lambda number: b"image %d" % number}
+
+    def check(found):
+        hits = {kind: np.array([hit for _, hit in sorted(rows)]) for kind, rows in dict(found).items()}
+        assert hits["a"].shape == (12, 4)
+        # One of the two is what probe and neighbours say of an image, whichever of them it is asked for.
+        np.testing.assert_array_equal(hits["a"] + hits["b"], 1.0)
+        assert 0 < hits["a"][:, 2].sum() < 12
+        assert np.isnan(hits["own"]).all()
+
+    with beam.Pipeline(argv=list(BEAM_ARGUMENTS)) as pipeline:
+        parts = []
+        for kind, label in asked.items():
+            parts.append(
+                pipeline
+                | f"Make.{kind}" >> beam.Create(extracts_of(label))
+                | f"Judge.{kind}" >> JudgeImages(EvaluateConfig(knn_k=5), "", "", ())
+                | f"Outcome.{kind}" >> beam.Map(lambda extracts: extracts[OUTCOME_KEY])
+                | f"Images.{kind}" >> beam.Filter(lambda outcome: hasattr(outcome, "rank"))
+                # Top-1 of kNN and of the probe, by the encoder and by the untrained one.
+                | f"Hits.{kind}" >> beam.Map(lambda one: (one.rank, [*one.hits[:2, 0], *one.hits[:2, 2]]))
+                | f"Key.{kind}" >> beam.Map(lambda row, kind: (kind, row), kind)
+            )
+        assert_that(parts | beam.Flatten() | beam.GroupByKey(), check)
+
+
+def test_result_json_holds_the_evaluators_figures_beside_those_of_pixels_and_of_the_untrained_network(run, tmp_path):
+    from tfx.types import standard_artifacts
+
+    from components.evaluator.eval_config import read_intervals
+    from components.serving_check.executor import REPORT_FILE
+    from pipeline.report import Node, collect
+    from trainer_module.run_fn import TRAINING_FILE
+
+    def node(name: str, **uris: str) -> Node:
+        outputs = {}
+        for key, uri in uris.items():
+            artifact = standard_artifacts.ModelBlessing() if key == "blessing" else standard_artifacts.Model()
+            artifact.uri = uri
+            outputs[key] = [artifact]
+        return Node(name, 1.0, 1.0, False, outputs)
+
+    training = {"steps": 9, "images_per_second": 1.0, "final_loss": 2.0, "strategy": "s", "replicas": 1}
+    training |= {"pretext_top1": 0.3, "alignment": 0.111}
+    counts = dict.fromkeys(("read", "ingested", "quarantined", "duplicates", "train", "eval"), 1)
+    for file, content in (
+        (TRAINING_FILE, training),
+        ("ingest.json", counts),
+        (REPORT_FILE, {"reasons": [], "figures": {}}),
+    ):
+        (tmp_path / file).write_text(json.dumps(content))
+    here, evaluation = str(tmp_path), run.uri("better", "evaluation")
+    nodes = [
+        node("Trainer", model_run=here),
+        node("Evaluator", evaluation=evaluation, blessing=here),
+        node("ServingCheck", blessing=here),
+        node("ImageExampleGen", examples=here),
+        node("Pusher", pushed_model=here),
+        node("ModelCard", model_card=here),
+    ]
+    result, figures = collect(nodes, 2.0), read_intervals(evaluation)
+    assert result["train"]["alignment"] == 0.111
+    assert result["metrics"]["pretext_top1"] == 0.3
+    assert result["metrics"]["alignment"] == figures["alignment"].value != 0.111
+    assert tuple(result["intervals"]["alignment"].values()) == figures["alignment"]
+    for name in ("knn_top5", "linear_top1", "recall_at_10", "effective_rank", "uniformity", "neighbour_consistency"):
+        for prefix in ("", "random_init_", "pixel_"):
+            assert result["metrics"][prefix + name] == figures[prefix + name].value, prefix + name
+            assert result["intervals"][prefix + name]["low"] <= result["metrics"][prefix + name], prefix + name

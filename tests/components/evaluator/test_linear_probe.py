@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from sklearn.linear_model import LogisticRegression
 
 from components.evaluator.linear_probe import fit
 
@@ -51,3 +52,42 @@ def test_one_class_predicts_itself_and_a_few_images_are_enough():
 def test_the_same_images_give_the_same_probe():
     one, other = (fit(*separable(0, 100, width=600)) for _ in range(2))
     assert (one.weights == other.weights).all()
+
+
+def lopsided(seed: int, rows: int) -> tuple[np.ndarray, np.ndarray]:
+    """A rare class, told apart by one dimension: with strong regularisation the frequent one always wins."""
+    rng = np.random.default_rng(seed)
+    labels = (rng.random(rows) < 0.1).astype(np.int64)
+    vectors = 0.1 * rng.normal(size=(rows, 6))
+    vectors[:, 0] += labels
+    return vectors.astype(np.float32), labels
+
+
+def noisy(seed: int, rows: int) -> tuple[np.ndarray, np.ndarray]:
+    """A weak sign among many dimensions of noise: with weak regularisation the noise is learned."""
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, 2, rows)
+    vectors = rng.normal(size=(rows, 60))
+    vectors[:, :20] += 0.3 * (2 * labels[:, None] - 1)
+    return vectors.astype(np.float32), labels
+
+
+@pytest.mark.parametrize(("images", "chosen"), [(lopsided(1, 100), 1.0), (noisy(0, 100), 0.1)])
+def test_the_strength_is_that_which_does_best_on_each_fifth_image_of_the_train_split(images, chosen):
+    vectors, labels = images
+    standardised = (vectors - vectors.mean(axis=0)) / vectors.std(axis=0)
+    held_out = np.arange(100) % 5 == 4
+    accuracy = {}
+    for strength in (0.01, 0.1, 1.0):
+        model = LogisticRegression(C=strength).fit(standardised[~held_out], labels[~held_out])
+        accuracy[strength] = model.score(standardised[held_out], labels[held_out])
+    assert [strength for strength, share in accuracy.items() if share == max(accuracy.values())] == [chosen]
+    wanted = LogisticRegression(C=chosen).fit(standardised, labels)
+    probe = fit(vectors, labels)
+    np.testing.assert_allclose(probe.weights[:, 1] - probe.weights[:, 0], wanted.coef_[0], atol=0.03)
+    np.testing.assert_allclose(probe.bias[1] - probe.bias[0], wanted.intercept_[0], atol=0.03)
+
+
+def test_a_rare_class_is_found_since_the_strength_is_chosen():
+    fresh, labels = lopsided(9, 400)
+    assert top1(fit(*lopsided(1, 100)), fresh, labels) > 0.99

@@ -27,7 +27,7 @@ from tfx.utils import proto_utils
 from components import disk
 from components.image_example_gen import buckets, codec, component, executor, finding, near_duplicates, sources
 from components.image_example_gen.component import ImageExampleGen
-from components.image_example_gen.config import IngestConfig, Labels, NearDuplicates
+from components.image_example_gen.config import COLUMNS, IngestConfig, Labels, NearDuplicates
 from pipeline.beam import BEAM_ARGUMENTS
 from trainer_module.errors import UserError
 
@@ -144,6 +144,7 @@ def test_every_image_lands_once_with_all_its_features(mixed: tuple) -> None:
     for data in pictures.values():
         row = rows[hashlib.sha256(data).hexdigest()]
         assert row["image/encoded"] == data
+        assert set(row) == {*COLUMNS, "image/encoded", "image/sha256"}
         assert (row["image/format"], row["image/height"], row["image/width"]) == (b"png", 64, 64)
     (turned,) = [row for row in rows.values() if row["image/path"] == b"odd ones/turned.jpg"]
     assert (turned["image/format"], turned["image/height"], turned["image/width"]) == (b"png", 40, 20)

@@ -91,6 +91,29 @@ def test_names_cannot_break_out_of_their_cell_nor_become_html_or_links():
     assert line.endswith("\\[x\\](javascript:1) \\`code\\` \\*bold\\* | 1 | 1 |")
 
 
+def test_labels_in_limits_and_notes_are_not_markup_but_the_publishers_words_may_be():
+    bad = "[x](javascript:1) *bold* &lt;img&gt; <b>"
+    told = r"\[x\](javascript:1) \*bold\* &amp;lt;img&amp;gt; &lt;b>"
+    labels = {bad: {"train": 9, "eval": 1}}
+    noted = dataclasses.replace(make_card().evaluation, notes=(f"no train image of {bad}: they count as not found",))
+    card = dataclasses.replace(with_data(labels=labels), evaluation=noted)
+    card = dataclasses.replace(card, statement=dataclasses.replace(card.statement, limits=("Not *ever* <at> night.",)))
+    markdown = to_markdown(card)
+    assert bad not in markdown
+    assert f"- No train image of {told}: they count as not found.\n" in markdown
+    assert f"- no train image of {told}: they count as not found\n" in markdown
+    assert f"so recall of it says little ({told}).\n" in markdown
+    assert "- Not *ever* &lt;at> night.\n" in markdown
+
+
+def test_an_ampersand_stays_one_in_the_text_and_in_the_metadata():
+    card = make_card(statement=CardConfig(dataset="Cats & dogs &lt; 3 kg"))
+    markdown = to_markdown(card)
+    assert "\nCats &amp; dogs &amp;lt; 3 kg\n" in markdown
+    (entry,) = yaml.safe_load(markdown.split("---\n")[1])["model-index"]
+    assert entry["results"][0]["dataset"]["name"] == "Cats & dogs &lt; 3 kg"
+
+
 def test_why_a_model_is_not_blessed_comes_first_in_the_card_and_in_its_limits():
     verdict = Evaluation(False, ("kNN 0.3 is below the last blessed model's 0.4",), (), (), ())
     card = make_card(evaluation=verdict)

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import dataclasses
+import json
 import shutil
 import subprocess
 import sys
@@ -15,7 +16,8 @@ from tensorflow_serving.apis import prediction_log_pb2
 
 from components.serving_check import probe
 from components.serving_check.config import ServingCheckConfig
-from components.serving_check.requests import INPUTS, Kind, make_requests, to_warm_up
+from components.serving_check.installed import tensorflow_alone
+from components.serving_check.requests import INPUTS, Kind, make_requests, make_warm_up
 from components.serving_check.session import ask
 from components.serving_check.verdict import judge
 from trainer_module.config import Precision
@@ -99,22 +101,32 @@ def test_a_sound_export_passes_with_figures_of_everything_that_was_asked(session
 
 def test_the_process_has_tensorflow_and_neither_keras_nor_anything_of_ours(sessions):
     modules = set(sessions["whole"].modules)
-    assert "tensorflow" in modules
-    assert not modules & {*probe.ABSENT, "pipeline", "components", "trainer_module"}
+    assert {"tensorflow", "numpy"} <= modules
+    assert not modules & {"keras", "tf_keras", "tfx", "scipy", "pipeline", "components", "trainer_module"}
 
 
-def test_the_process_could_not_import_keras_nor_anything_of_ours_if_it_tried(tmp_path):
+def test_the_process_could_import_what_tensorflow_requires_and_nothing_else_that_is_installed(tmp_path):
+    packages = Path(tf.__file__).parents[1]
+    installed = {path.name.partition(".")[0] for path in packages.iterdir() if path.suffix in ("", ".py")}
+    tries = sorted(name for name in installed if name.isidentifier() and name != "__pycache__")
+    tries += ["google.protobuf", "google.auth", "google.cloud", "pipeline", "components", "trainer_module"]
     lines = Path(probe.__file__).read_text().splitlines()
     at = lines.index('    say(step="starting TensorFlow")')
-    tries = [f"    __import__('importlib.util').util.find_spec('{name}') and say(found='{name}')" for name in (
-        "keras", "tfx", "pipeline", "components", "trainer_module", "small_export", "tensorflow"
-    )]  # fmt: skip
+    seek = [
+        "    from importlib.util import find_spec",
+        f"    say(found=[name for name in {tries} if find_spec(name)])",
+        "    return",
+    ]
     script = tmp_path / "probe.py"
-    script.write_text("\n".join([*lines[:at], *tries, "    return", *lines[at:]]))
-    packages = str(Path(tf.__file__).parents[1])
-    command = [sys.executable, "-I", "-S", str(script), packages, "", ""]
+    script.write_text("\n".join([*lines[:at], *seek, *lines[at:]]))
+    (tmp_path / "plan.json").write_text(json.dumps({"importable": tensorflow_alone(), "calls": []}))
+    command = [sys.executable, "-I", "-S", str(script), str(packages), "", str(tmp_path)]
     done = subprocess.run(command, cwd=Path(probe.__file__).parents[2], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ['{"found":', '"tensorflow"}']
+    found = set(json.loads(done.stdout)["found"])
+    assert {"tensorflow", "numpy", "google", "google.protobuf", "six", "typing_extensions"} <= found
+    assert not found & {"keras", "tf_keras", "tfx", "apache_beam", "scipy", "sklearn", "pandas", "PIL", "yaml", "kfp"}
+    assert not found & {"google.auth", "google.cloud", "pipeline", "components", "trainer_module"}
+    assert len(found) < 50 < len(tries)
 
 
 @pytest.mark.parametrize(
@@ -161,16 +173,29 @@ def test_bfloat16_is_compared_with_the_digits_that_it_has(sessions, asked):
     assert len(reasons) == 2, reasons  # the signature that is missing, and the one that crashes
 
 
-def test_the_warm_up_s_requests_are_of_real_images_and_the_model_answers_each(exported, asked, probes):
-    logs = [prediction_log_pb2.PredictionLog.FromString(log.SerializeToString()) for log in to_warm_up(asked)]
+def test_the_warm_up_s_requests_are_of_drawn_pictures_and_the_model_answers_each(exported):
+    logs = [prediction_log_pb2.PredictionLog.FromString(log.SerializeToString()) for log in make_warm_up(32)]
     sent = [log.predict_log.request for log in logs]
     assert [request.model_spec.signature_name for request in sent] == [name for name in INPUTS for _ in range(2)]
     signatures = tf.saved_model.load(str(exported)).signatures
+    vectors = {}
     for request in sent:
-        arguments = {name: tf.constant(tf.make_ndarray(proto)) for name, proto in request.inputs.items()}
-        vectors = signatures[request.model_spec.signature_name](**arguments)["embedding"].numpy()
-        own = [p.square_embedding if "image" in arguments else p.embedding for p in probes[: len(vectors)]]
-        np.testing.assert_allclose(vectors, own, rtol=0, atol=1e-5)
+        name = request.model_spec.signature_name
+        ((argument, proto),) = request.inputs.items()
+        value = tf.constant(tf.make_ndarray(proto))
+        vectors[name, len(value)] = signatures[name](**{argument: value})["embedding"].numpy()
+    assert {count for _, count in vectors} == {1, 7}
+    for name in INPUTS:
+        np.testing.assert_allclose(np.linalg.norm(vectors[name, 7], axis=1), 1.0, atol=1e-5)
+        assert len(np.unique(vectors[name, 7].round(4), axis=0)) == 7
+    np.testing.assert_allclose(vectors["examples", 7], vectors["serving_default", 7], atol=1e-5)
+
+
+def test_the_warm_up_is_the_same_for_every_model_of_one_size_and_holds_both_jpeg_and_png():
+    one, other = ([log.SerializeToString(deterministic=True) for log in make_warm_up(24)] for _ in range(2))
+    assert one == other
+    assert b"\xff\xd8\xff" in one[1]
+    assert b"\x89PNG" in one[1]
 
 
 def test_each_signature_gets_whole_empty_and_broken_batches(asked):

@@ -73,6 +73,14 @@ def test_a_blessed_model_is_published_by_the_stock_pusher_s_rule_with_its_warm_u
     assert executor.read_report(blessing.uri).figures["images"] == 216
 
 
+def test_nothing_that_is_published_holds_an_image_of_the_user_s(executor, trained, probes, tmp_path):
+    blessing = check(executor, trained, "model", tmp_path)
+    published = tree(Path(blessing.uri)).values()
+    for probe in probes:
+        for pixels in (probe.encoded, probe.square.tobytes(), probe.square.astype("float32").tobytes()):
+            assert not any(pixels in content for content in published)
+
+
 def test_a_model_that_cannot_be_served_is_no_error_but_not_blessed(executor, trained, tmp_path):
     from tfx.components.pusher.executor import Executor as StockPusher
 
