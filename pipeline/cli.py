@@ -687,6 +687,8 @@ def _pipeline(
     from pipeline import config, console
     from pipeline.workdir import opened
 
+    # A polite kill (docker stop, timeout) ends a run as Ctrl-C does: said in one line, and to be continued.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     settings = config.resolved(config.load(preset_or_file, overrides))
     workdir = os.path.expanduser(workdir)
     check_workdir(workdir, images)
@@ -702,8 +704,6 @@ def _pipeline(
     with opened(workdir) as home:
         from pipeline import local
 
-        # A polite kill (docker stop, timeout) ends a run as Ctrl-C does: said in one line, and to be continued.
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
         with console.progress_shown():
             return local.run(settings, images, home, require_blessing=require_blessing)
 

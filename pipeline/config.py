@@ -152,7 +152,7 @@ RANGES: Mapping[str, Range] = {
     "train.milestones": Range(1, 10**6),
     "train.sgd_momentum": _MOMENTUM,
     "train.weight_decay": Range(0, 1),
-    "train.key_bn.groups": Range(1, 65_536),
+    "train.key_bn.groups": Range(2, 65_536),
     "train.key_bn.ring": Range(1, 65_536),
     "train.steps_per_loop": Range(0, 10**6),
     "train.checkpoint_seconds": Range(0, 10**7),
@@ -753,12 +753,19 @@ def _impossible_key_bn(train: TrainConfig) -> Iterator[str]:
         mend = {
             KeyBnMode.all_to_all: f"train.global_batch={nearest_share(key_bn, replicas, share) * replicas}",
             KeyBnMode.butterfly: "train.key_bn.mode=auto",
-            KeyBnMode.split: f"train.key_bn.groups={max(g for g in range(1, key_bn.groups + 1) if share % g == 0)}",
+            KeyBnMode.split: _fewer_groups(key_bn.groups, share)
+            or f"train.global_batch={max(nearest_share(key_bn, replicas, share), 2 * key_bn.groups) * replicas}",
         }[key_bn.mode]
         yield (
             f"train.key_bn.mode={key_bn.mode.name} {does}, which train.global_batch={train.global_batch} over "
             f"{replicas} does not allow; e.g. {mend}"
         )
+
+
+def _fewer_groups(groups: int, share: int) -> str:
+    """The most groups of two images and more; empty where there is but one group, which would be no shuffling."""
+    possible = [g for g in range(2, min(groups, share // 2) + 1) if share % g == 0]
+    return f"train.key_bn.groups={possible[-1]}" if possible else ""
 
 
 # Words.

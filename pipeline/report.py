@@ -30,7 +30,7 @@ from components.serving_check.requests import BATCHES
 from components.transform.preprocessing import LABEL_VOCABULARY
 from components.transform.statistics import read_anomalies, read_missing_labels
 from pipeline.config import Config
-from trainer_module.input import MANIFEST
+from trainer_module.input import read_manifest
 from trainer_module.run_fn import TRAINING_FILE
 
 # Of the Evaluator, each beside that of the untrained network and of raw pixels.
@@ -305,11 +305,10 @@ def _describe_transform(node: Node) -> str:
 
 
 def _describe_augmenter(node: Node) -> str:
-    with open(f"{node.uri('views')}/{MANIFEST}", encoding="utf-8") as file:
-        manifest = json.load(file)
-    megabytes = sum(entry["bytes"] for entry in manifest["files"]) / 1e6
-    made = f"{manifest['images'] * manifest['pairs_per_image']:,} pairs of views of {manifest['size']} px"
-    return f"{made} for {manifest['images']:,} images, {megabytes:,.0f} MB"
+    manifest = read_manifest(node.uri("views"))
+    megabytes = sum(file.bytes for file in manifest.files) / 1e6
+    made = f"{manifest.images * len(manifest.views):,} pairs of views of {manifest.size} px"
+    return f"{made} for {manifest.images:,} images, {megabytes:,.0f} MB"
 
 
 def _describe_trainer(node: Node) -> str:

@@ -107,7 +107,9 @@ def judge(history: History, interval: Interval, config: TrainConfig) -> tuple[Hi
     wrong: dict[Kind, str] = {}
     if seen.collapsed >= watch.patience:
         wrong[Kind.collapse] = _collapse(interval, config)
-    if interval.pretext_top1 > watch.leak_pretext and seen.best_knn - last_knn > watch.leak_knn_drop:
+    # Of a collapsed network neither figure says anything of batch statistics.
+    pretext_up = interval.pretext_top1 > watch.leak_pretext and not seen.collapsed
+    if pretext_up and seen.best_knn - last_knn > watch.leak_knn_drop:
         wrong[Kind.leak] = _leak(interval, seen, config)
     if seen.starved >= watch.patience:
         wrong[Kind.input] = _input(interval)

@@ -8,6 +8,7 @@ CRC-32C of every tensor, so one that was damaged later does not pass for a good 
 import json
 import posixpath
 import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -31,6 +32,7 @@ _DAMAGED = (
     tf.errors.OutOfRangeError,
 )
 _SHOWN = 6  # differing keys in one line
+_REASON = 400  # characters of TensorFlow's reason, which names the file and what is wrong with it
 _CODE = "code"  # of an identity; an improvement of the code must not cost a long training
 
 
@@ -249,4 +251,5 @@ def _restore(prefix: str, dtypes: Mapping[str, str]) -> list[np.ndarray]:
 
 def _reason(error: tf.errors.OpError) -> str:
     # Before the reason TensorFlow writes the graph's node that failed.
-    return re.sub(r"\{\{.*?\}\} ?", "", str(error.message)).splitlines()[0][:100]
+    said = re.sub(r"\{\{.*?\}\} ?", "", str(error.message)).splitlines()[0]
+    return textwrap.shorten(said, _REASON, placeholder=" …")

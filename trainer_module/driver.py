@@ -71,7 +71,7 @@ class Driver:
             self._variables = tf.nest.map_structure(_variable, begin)
             # Metrics stay on the device until a loop is over.
             self._metrics = _variable(np.zeros([self._steps_per_loop, len(Metrics._fields)], np.float32))
-        self._digests = tf.function(lambda: strategy.run(lambda: _digests(tf.nest.flatten(self._variables))))
+        self._digests = tf.function(self._digests_of_replicas)
 
     @property
     def step(self) -> int:
@@ -121,6 +121,12 @@ class Driver:
         if differ.any():
             names = [name for name, bad in zip(named(self._variables), differ, strict=True) if bad]
             raise RuntimeError(f"after step {self.step} the replicas' states differ in {', '.join(names)}")
+
+    def _digests_of_replicas(self) -> tf.Tensor:
+        return self._strategy.run(self._digests_of_one)
+
+    def _digests_of_one(self) -> tf.Tensor:
+        return _digests(tf.nest.flatten(self._variables))
 
     def copy_weights_to(self, model: keras.Model) -> None:
         """Writes f_q's parameters and running statistics into the Keras model."""

@@ -11,7 +11,9 @@ import hashlib
 import itertools
 import json
 import posixpath
+import re
 from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 import tensorflow as tf
 
@@ -24,6 +26,98 @@ MANIFEST = "views.json"
 PROBES = 64  # images beside the views on which the published model is compared with the trainer's own network
 SHUFFLE_BUFFER = 8192  # images at the most
 SHUFFLE_BYTES = 1 << 30  # of their records at the most
+_NAME = re.compile(r"(images|views-p(?P<pair>\d+))-[^/]+")
+_READING = "stored_records"  # scope of what reads them, by which its errors are known
+_UNREADABLE = re.compile(f"{_READING}|Could not parse example")  # after which a NUL in the record may end the message
+
+
+class File(NamedTuple):
+    """A file of records, as the manifest lists it."""
+
+    name: str
+    records: int
+    bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """What a ViewAugmenter output says of itself.
+
+    Attributes:
+        size: side of the views in pixels.
+        images: number of training images.
+        views: views[p] are the files that hold pair p of every image.
+        stored: the files that hold the stored images; none where only Beam makes views.
+        digest: of all but what is only watched, hex.
+    """
+
+    size: int
+    images: int
+    views: tuple[tuple[File, ...], ...]
+    stored: tuple[File, ...]
+    digest: str
+
+    @property
+    def files(self) -> tuple[File, ...]:
+        """All of the train split."""
+        return (*self.stored, *itertools.chain(*self.views))
+
+
+def read_manifest(directory: str) -> Manifest:
+    """Reads a ViewAugmenter output's manifest and checks it.
+
+    Args:
+        directory: of the artifact.
+
+    Raises:
+        UserError: it is missing or damaged, or lists fewer records than there are images.
+    """
+    path = posixpath.join(directory, MANIFEST)
+    try:
+        with tf.io.gfile.GFile(path) as file:
+            content = json.load(file)
+        manifest = _manifest(content)
+    except (tf.errors.NotFoundError, ValueError, LookupError, TypeError) as error:
+        raise UserError(f"{path} is missing or damaged: {_remake(directory)}") from error
+    held = {f"pair {pair}": files for pair, files in enumerate(manifest.views)}
+    if manifest.stored or not held:
+        held["the stored images"] = manifest.stored
+    for what, files in held.items():
+        records = sum(file.records for file in files)
+        if records != manifest.images:
+            raise UserError(
+                f"{path} is damaged, it lists {records} records of {what} for {manifest.images} images: "
+                f"{_remake(directory)}"
+            )
+    return manifest
+
+
+def _manifest(content: Any) -> Manifest:
+    """Raises ValueError, LookupError or TypeError where something is no manifest."""
+    size, images, pairs = (_count(content[key]) for key in ("size", "images", "pairs_per_image"))
+    files = [File(entry["name"], _count(entry["records"]), _count(entry["bytes"])) for entry in content["files"]]
+    if not size or pairs > len(files) or len({file.name for file in files}) < len(files):
+        raise ValueError(content)
+    views: list[list[File]] = [[] for _ in range(pairs)]
+    stored: list[File] = []
+    for file in sorted(files):
+        if not (named := _NAME.fullmatch(file.name)):
+            raise ValueError(file.name)
+        (views[int(named["pair"])] if named["pair"] else stored).append(file)
+    # What is only watched, such as the sample for the online kNN, does not make it another training set.
+    digest = hashlib.sha256(json.dumps(content | {"watch": None}, sort_keys=True).encode()).hexdigest()
+    return Manifest(size, images, tuple(map(tuple, views)), tuple(stored), digest)
+
+
+def _count(value: Any) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError(value)
+    return value
+
+
+def _remake(directory: str) -> str:
+    # Only where the folder of an artifact is gone is its stage run again.
+    return f"delete {directory} and run again to make the views again"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +126,7 @@ class Source:
 
     Attributes:
         directory: of the files.
+        size: side of the views in pixels.
         images: number of training images.
         views: views[p] are the files that hold pair p of every image.
         stored: the files that hold the stored images.
@@ -40,6 +135,7 @@ class Source:
     """
 
     directory: str
+    size: int
     images: int
     views: tuple[tuple[str, ...], ...]
     stored: tuple[str, ...]
@@ -55,40 +151,39 @@ def open_source(split_dir: str, augment: AugmentConfig) -> Source:
         augment: what the views must be.
 
     Raises:
-        UserError: a file is missing or truncated, or the views are of another size.
+        UserError: the manifest is damaged, a file is missing or truncated, or the views are of another size.
     """
-    path = posixpath.join(posixpath.dirname(split_dir.rstrip("/")), MANIFEST)
-    try:
-        with tf.io.gfile.GFile(path) as file:
-            manifest = json.load(file)
-    except (tf.errors.NotFoundError, json.JSONDecodeError) as error:
-        raise UserError(f"{path} is missing or damaged: make the views again") from error
-    if manifest["size"] != augment.size:
-        raise UserError(f"{path} holds views of {manifest['size']} px, augment.size is {augment.size}: make them again")
-    for entry in manifest["files"]:
-        _check_file(posixpath.join(split_dir, entry["name"]), entry["bytes"])
-    names = sorted(entry["name"] for entry in manifest["files"])
-    pairs = range(manifest["pairs_per_image"])
-    views = [tuple(n for n in names if n.startswith(f"views-p{pair:04d}-")) for pair in pairs]
-    stored = tuple(n for n in names if n.startswith("images-"))
+    root = posixpath.dirname(split_dir.rstrip("/"))
+    manifest = read_manifest(root)
+    if manifest.size != augment.size:
+        raise UserError(
+            f"{posixpath.join(root, MANIFEST)} holds views of {manifest.size} px, augment.size is {augment.size}: "
+            f"{_remake(root)}"
+        )
+    if not (manifest.views if augment.where is Where.beam else manifest.stored):
+        raise UserError(
+            f"{posixpath.join(root, MANIFEST)} lists nothing for augment.where={augment.where.name}: {_remake(root)}"
+        )
+    for file in manifest.files:
+        _check_file(root, posixpath.join(split_dir, file.name), file.bytes)
     return Source(
         directory=split_dir,
-        images=manifest["images"],
-        views=tuple(v for v in views if v),
-        stored=stored,
-        record_bytes={entry["name"]: entry["bytes"] / max(entry["records"], 1) for entry in manifest["files"]},
-        # What is only watched, such as the sample for the online kNN, does not make it another training set.
-        digest=hashlib.sha256(json.dumps(manifest | {"watch": None}, sort_keys=True).encode()).hexdigest(),
+        size=manifest.size,
+        images=manifest.images,
+        views=tuple(tuple(file.name for file in files) for files in manifest.views),
+        stored=tuple(file.name for file in manifest.stored),
+        record_bytes={file.name: file.bytes / max(file.records, 1) for file in manifest.files},
+        digest=manifest.digest,
     )
 
 
-def _check_file(path: str, size: int) -> None:
+def _check_file(root: str, path: str, size: int) -> None:
     try:
         found = tf.io.gfile.stat(path).length
     except tf.errors.NotFoundError:
-        raise UserError(f"{path} is missing: delete its folder and run again to make the views again") from None
+        raise UserError(f"{path} is missing: {_remake(root)}") from None
     if found != size:
-        raise UserError(f"{path} has {found} bytes instead of {size}: delete its folder and run again") from None
+        raise UserError(f"{path} has {found} bytes instead of {size}: {_remake(root)}") from None
 
 
 @contextlib.contextmanager
@@ -100,18 +195,27 @@ def damage_named(source: Source) -> Iterator[None]:
     """
     try:
         yield
-    except tf.errors.DataLossError:
-        for name in itertools.chain(source.stored, *source.views):
-            path = posixpath.join(source.directory, name)
-            if not _is_whole(path):
-                raise UserError(f"{path} is damaged: delete its folder and run again to make the views again") from None
+    except (tf.errors.DataLossError, tf.errors.InvalidArgumentError) as error:
+        # All is read again to find the file, so not for an error of something else.
+        if isinstance(error, tf.errors.DataLossError) or _UNREADABLE.search(error.message):
+            for name in itertools.chain(source.stored, *source.views):
+                path = posixpath.join(source.directory, name)
+                if not _is_whole(path, source):
+                    root = posixpath.dirname(source.directory.rstrip("/"))
+                    raise UserError(f"{path} is damaged: {_remake(root)}") from None
         raise
 
 
-def _is_whole(path: str) -> bool:
+def _is_whole(path: str, source: Source) -> bool:
+    """Whether all records can be read, and are what their name says."""
+    records = tf.data.TFRecordDataset(path)
+    if posixpath.basename(path) in source.stored:
+        read = records.map(lambda record: _parse_image(record)[0])
+    else:
+        read = records.batch(1, drop_remainder=True).map(lambda batch: _parse_views(batch, source.size)[0])
     try:
-        tf.data.TFRecordDataset(path).reduce(0, lambda count, _: count + 1)
-    except tf.errors.DataLossError:
+        read.reduce(0, lambda count, _: count + 1)
+    except (tf.errors.DataLossError, tf.errors.InvalidArgumentError):
         return False
     return True
 
@@ -237,16 +341,23 @@ def _epoch_batches(
 
 def _parse_views(records: tf.Tensor, size: int) -> tuple[tf.Tensor, tf.Tensor]:
     """Serialised examples [B] -> query and key, uint8[B, size, size, 3]."""
-    spec = {name: tf.io.FixedLenFeature([], tf.string) for name in ("query", "key")}
-    parsed = tf.io.parse_example(records, spec)
-    shape = [records.shape[0], size, size, 3]
-    query, key = (tf.reshape(tf.io.decode_raw(parsed[name], tf.uint8), shape) for name in ("query", "key"))
+    with tf.name_scope(_READING):
+        spec = {name: tf.io.FixedLenFeature([], tf.string) for name in ("query", "key")}
+        parsed = tf.io.parse_example(records, spec)
+        shape = [records.shape[0], size, size, 3]
+        query, key = (tf.reshape(tf.io.decode_raw(parsed[name], tf.uint8), shape) for name in ("query", "key"))
     return query, key
+
+
+def _parse_image(record: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    """One serialised stored image -> its pixels, uint8[H, W, 3], and its id."""
+    with tf.name_scope(_READING):
+        spec = {name: tf.io.FixedLenFeature([], tf.string) for name in ("id", "image")}
+        parsed = tf.io.parse_single_example(record, spec)
+        return tf.io.decode_png(parsed["image"], channels=3), parsed["id"]
 
 
 def _make_views(record: tf.Tensor, epoch: tf.Tensor, seed: int, augment: AugmentConfig) -> tf.Tensor:
     """One serialised stored image -> its pair of views of this epoch, uint8[2, size, size, 3]."""
-    spec = {name: tf.io.FixedLenFeature([], tf.string) for name in ("id", "image")}
-    parsed = tf.io.parse_single_example(record, spec)
-    image = tf.io.decode_png(parsed["image"], channels=3)
-    return view_pair(image, parsed["id"], epoch, seed, augment)
+    image, identity = _parse_image(record)
+    return view_pair(image, identity, epoch, seed, augment)

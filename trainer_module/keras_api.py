@@ -6,11 +6,14 @@ this module is all that keras.saving.load_model needs to find them.
 """
 
 import dataclasses
+import inspect
+import math
 import numbers
 from collections.abc import Callable
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from trainer_module.batch_norm import (
@@ -30,6 +33,15 @@ __all__ = ["KeyQueue", "MoCoModel", "ShuffledBatchNorm"]
 
 _ONE_DEVICE = (KeyBnMode.split, KeyBnMode.stored, KeyBnMode.ema, KeyBnMode.none)
 _COMPILE = ("run_eagerly", "steps_per_execution", "jit_compile")
+# Of the numbers that are given: their kind, which of them are admitted, and these in words.
+_RANGES: dict[str, tuple[Any, Callable[[float], bool], str]] = {
+    "queue": (numbers.Integral, lambda value: value >= 1, "must be an integer, at least 1"),
+    "ring": (numbers.Integral, lambda value: value >= 1, "must be an integer, at least 1"),
+    "momentum": (numbers.Real, lambda value: 0 <= value < 1, "must be at least 0 and below 1"),
+    "temperature": (numbers.Real, lambda value: 0 < value < math.inf, "must be a number above 0"),
+    "sgd_momentum": (numbers.Real, lambda value: 0 <= value < 1, "must be at least 0 and below 1"),
+    "weight_decay": (numbers.Real, lambda value: 0 <= value < math.inf, "must be at least 0"),
+}
 
 Rate = float | Callable[[tf.Tensor], tf.Tensor]
 
@@ -76,6 +88,19 @@ class _OfStep(keras.optimizers.schedules.LearningRateSchedule):
         return self._function(tf.cast(step, tf.int32))
 
 
+class _FiniteLoss(keras.callbacks.Callback):
+    """Refuses to go on where the epoch's average of the loss is not finite, which it stays once one loss is not."""
+
+    def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
+        loss = float((logs or {}).get("loss", 0.0))
+        if not math.isfinite(loss):
+            rate = float(self.model.optimizer.learning_rate)
+            raise UserError(
+                f"training diverged: after {batch + 1} batches of the epoch the loss is {loss}; look for NaN in the "
+                f"views, lower compile(learning_rate={rate:g}), and go on from weights that were saved before"
+            )
+
+
 @keras.saving.register_keras_serializable("moco")
 class MoCoModel(keras.Model):
     """MoCo with `fit`, on one device: the encoder's own weights are f_q and are trained in place.
@@ -113,7 +138,7 @@ class MoCoModel(keras.Model):
 
     Raises:
         UserError: a mode that needs several devices or does not fit the layers; an encoder that is not built, or keeps
-            a random state; a number out of range.
+            a random state; a number out of range, or mean and std that are not one for each channel.
     """
 
     def __init__(
@@ -134,14 +159,13 @@ class MoCoModel(keras.Model):
         # The state keeps its types under every policy; the encoder's layers cast for themselves.
         super().__init__(autocast=False, **kwargs)
         mode = _mode(key_bn)
-        for name, value in (("queue", queue), ("ring", ring)):
-            if value < 1:
-                raise UserError(f"MoCoModel({name}={value}): must be at least 1")
+        _check_numbers({"queue": queue, "ring": ring, "momentum": momentum, "temperature": temperature})
         _check_encoder("encoder", encoder)
+        _check_pixels(encoder, mean, std)
         if key_encoder is not None:
             _check_key_encoder(encoder, key_encoder)
         _check_layers(mode, encoder, key_encoder)
-        settings = _Settings(tuple(mean), tuple(std), queue, momentum, temperature, mode, ring, seed)
+        settings = _Settings(_floats(mean), _floats(std), queue, momentum, temperature, mode, ring, seed)
         self.encoder = encoder
         state = self._variables(encoder, initial_state(encoder, queue, seed, ring=_ring(settings)))
         self._parts = _Parts(settings, _moco(encoder, key_encoder, settings), state)
@@ -182,9 +206,11 @@ class MoCoModel(keras.Model):
             **kwargs: run_eagerly, steps_per_execution, jit_compile, as in keras.Model.compile.
 
         Raises:
-            UserError: another argument of keras.Model.compile, such as optimizer or loss, or no learning rate.
+            UserError: another argument of keras.Model.compile, such as optimizer or loss; no learning rate; a number
+                out of range.
         """
         _check_compile(learning_rate, kwargs)
+        _check_numbers({"sgd_momentum": sgd_momentum, "weight_decay": weight_decay})
         schedule = isinstance(learning_rate, keras.optimizers.schedules.LearningRateSchedule)
         held = _OfStep(learning_rate) if callable(learning_rate) and not schedule else learning_rate
         super().compile(optimizer=keras.optimizers.SGD(held), loss=None, **{"jit_compile": False, **kwargs})
@@ -202,6 +228,24 @@ class MoCoModel(keras.Model):
         """uint8[B, H, W, 3] -> unit embeddings of f_q, float32[B, C]."""
         state = self._tensors()
         return self._parts.moco.encode(state.query, state.query_stats, x, training)[0]
+
+    def fit(self, *args: Any, **kwargs: Any) -> keras.callbacks.History:
+        """As keras.Model.fit, but stops at the end of a batch after which the loss is not finite.
+
+        By then the step has spoilt the state, so go on from a model or weights that a ModelCheckpoint had saved.
+
+        Raises:
+            UserError: the loss is not finite.
+        """
+        given = inspect.signature(super().fit).bind(*args, **kwargs).arguments
+        callbacks = given.pop("callbacks", None)
+        stop = _FiniteLoss()  # first, so that no other callback saves what is spoilt
+        if isinstance(callbacks, keras.callbacks.CallbackList):
+            stop.set_model(self)
+            callbacks.callbacks.insert(0, stop)
+        else:
+            callbacks = [stop, *tf.nest.flatten(callbacks or [])]
+        return super().fit(**given, callbacks=callbacks)
 
     def train_step(self, data: Any) -> dict[str, tf.Tensor]:
         """One MoCo step.
@@ -350,6 +394,26 @@ def _mode(key_bn: KeyBnMode | str) -> KeyBnMode:
     return key_bn
 
 
+def _check_numbers(given: dict[str, Any]) -> None:
+    for name, value in given.items():
+        kind, admits, words = _RANGES[name]
+        if not isinstance(value, kind) or not admits(value):
+            raise UserError(f"{name}={value!r}: {words}")
+
+
+def _check_pixels(encoder: keras.Model, mean: Any, std: Any) -> None:
+    channels = encoder.input_shape[-1]
+    for name, values in (("mean", mean), ("std", std)):
+        if np.shape(values) != (channels,) or not np.all(np.isfinite(values)):
+            raise UserError(f"{name}={values!r} must be {channels} finite numbers, one for each channel of the encoder")
+    if min(std) <= 0:
+        raise UserError(f"std={std!r} must be above 0")
+
+
+def _floats(values: Any) -> tuple[float, ...]:
+    return tuple(float(value) for value in values)
+
+
 def _check_encoder(name: str, encoder: keras.Model) -> None:
     if not encoder.built or not encoder.trainable_variables:
         raise UserError(f"{name} has no weights to train; build it, for example by starting it with keras.Input")
@@ -392,6 +456,11 @@ def _check_norms(mode: KeyBnMode, name: str, model: keras.Model, wanted: type[ke
             raise UserError(
                 f"key_bn={mode.name}: {name}'s layer {layer.name} is {type(layer).__name__}, which would let keys "
                 f"leak; use trainer_module.batch_norm.{wanted.__name__}"
+            )
+        if isinstance(layer, SplitBatchNormalization) and layer.groups < 2:
+            raise UserError(
+                f"key_bn={mode.name}: {name}'s layer {layer.name} has groups={layer.groups}, which is no shuffling and "
+                "would let keys leak; give it 2 at least"
             )
 
 

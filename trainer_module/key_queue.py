@@ -131,12 +131,12 @@ class KeyQueue(keras.layers.Layer):
             stats: float[S] each, in the order of the constructor's; where statistics are kept.
 
         Raises:
-            UserError: more keys than the queue holds, keys of another size, statistics where none are kept, or none
-                where they are.
+            UserError: no keys or more than the queue holds, keys of another size, statistics where none are kept, or
+                none where they are, or of another shape.
             tf.errors.InvalidArgumentError: more keys than the queue holds, found only when the graph runs.
         """
-        keys = tf.convert_to_tensor(keys)
-        self._check(keys, stats or [])
+        keys, stats = tf.convert_to_tensor(keys), [tf.convert_to_tensor(value) for value in stats or []]
+        self._check(keys, stats)
         queue, pointer = enqueue(self.keys, tf.convert_to_tensor(self._pointer), keys)
         self._keys.assign(queue)
         self._pointer.assign(pointer)
@@ -178,9 +178,17 @@ class KeyQueue(keras.layers.Layer):
             raise UserError(
                 f"{len(stats)} statistics given to a KeyQueue that keeps {len(self._ring)}; give as many as its `stats`"
             )
+        for value, kept in zip(stats, self._ring, strict=True):
+            if not value.shape.is_compatible_with(kept.shape[1:]):
+                raise UserError(
+                    f"statistics of shape {tuple(value.shape)} given to a KeyQueue that keeps {tuple(kept.shape[1:])}; "
+                    "give them in the order of its `stats`"
+                )
         if keys.shape[0] is None:
             message = f"more keys than a KeyQueue of size={self.size} holds"
             tf.debugging.assert_less_equal(tf.shape(keys)[0], self.size, message)
+        elif keys.shape[0] == 0:
+            raise UserError("a batch of no keys given to a KeyQueue; give one at least")
         elif keys.shape[0] > self.size:
             raise UserError(f"{keys.shape[0]} keys do not fit into a KeyQueue of size={self.size}; make it larger")
 

@@ -14,7 +14,7 @@ from trainer_module.build import build, first_state
 from trainer_module.config import EncoderConfig, TrainConfig
 from trainer_module.driver import learning_rate, named
 from trainer_module.moco import Metrics, MoCo, State
-from trainer_module.replica import pairs
+from trainer_module.replica import TpuCollectives
 
 # ImageNet's, whose numbers make no difference to what a step costs; the trainer measures its own images.
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
@@ -78,36 +78,21 @@ class Lowered:
         return {"replicas": self.replicas, **{f: [t._asdict() for t in getattr(self, f)] for f in fields}}
 
 
-class LoweredReplica:
-    """One of R cores, in a program that is told its own id; its collectives name the one group of all cores."""
+class LoweredReplica(TpuCollectives):
+    """One of R cores, in a program that is told its own id."""
 
     def __init__(self, count: int, index: tf.Tensor) -> None:
-        self.count, self._index = count, index
+        self._count, self._index = count, index
+
+    @property
+    def count(self) -> int:
+        """Number of cores, R."""
+        return self._count
 
     @property
     def index(self) -> tf.Tensor:
         """int32[]: this core's id."""
         return self._index
-
-    @property
-    def _group(self) -> list[list[int]]:
-        return [list(range(self.count))]
-
-    def sum(self, tree: Any) -> Any:
-        """Sums over the cores by CrossReplicaSum, as TpuReplica does under a strategy."""
-        if self.count == 1:
-            return tree
-        return tf.nest.map_structure(lambda x: tf.raw_ops.CrossReplicaSum(input=x, group_assignment=self._group), tree)
-
-    def sum_pair(self, x: tf.Tensor, distance: int) -> tf.Tensor:
-        """Sums over the two cores by CrossReplicaSum, as TpuReplica does."""
-        return tf.raw_ops.CrossReplicaSum(input=x, group_assignment=pairs(self.count, distance))
-
-    def all_to_all(self, blocks: tf.Tensor) -> tf.Tensor:
-        """Exchanges blocks by the TPU's own all-to-all, as TpuReplica does."""
-        return tf.raw_ops.AllToAll(
-            input=blocks, group_assignment=self._group, concat_dimension=0, split_dimension=0, split_count=self.count
-        )
 
 
 def lower(request: Request) -> Lowered:

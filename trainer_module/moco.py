@@ -16,6 +16,7 @@ from trainer_module.replica import Replica, SingleReplica, entered, mean
 from trainer_module.shuffle import KeyEncoding, Memory
 
 Tensors = list[tf.Tensor]
+_TIE = 1e-6  # cosines nearer than that are one: the order of a float32 sum decides between them
 
 
 class State(NamedTuple):
@@ -47,7 +48,7 @@ class Metrics(NamedTuple):
 
     Attributes:
         loss: InfoNCE.
-        pretext_top1, pretext_top5: share of queries whose positive has one of the largest logits.
+        pretext_top1, pretext_top5: share of queries whose positive has one of the largest logits; a tie is none.
         positive_similarity, negative_similarity: mean cosine of queries with their positives and with the queue.
         alignment: mean squared distance of query and positive key (Wang and Isola, 2020).
         embedding_std: of each dimension of the queries, averaged; 1 / sqrt(C) where they spread evenly, 0 collapsed.
@@ -200,8 +201,9 @@ def _info_nce(
 def _measure(
     loss: tf.Tensor, q: tf.Tensor, l_pos: tf.Tensor, l_neg: tf.Tensor, rate: tf.Tensor, replica: Replica
 ) -> Metrics:
-    better = tf.reduce_sum(tf.cast(l_neg > l_pos, tf.int32), axis=1)  # negatives ahead of the positive, N
-    top1, top5 = (tf.reduce_mean(tf.cast(better < k, tf.float32)) for k in (1, 5))
+    behind = l_neg < l_pos - _TIE  # so that neither a collapsed network nor NaN finds the positive
+    ahead = tf.reduce_sum(tf.cast(tf.logical_not(behind), tf.int32), axis=1)  # N
+    top1, top5 = (tf.reduce_mean(tf.cast(ahead < k, tf.float32)) for k in (1, 5))
     local = (
         loss,
         top1,

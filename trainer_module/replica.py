@@ -1,5 +1,6 @@
 """The step's only seam to the other cores: how many there are, which one this is, and sums over them."""
 
+import abc
 import contextlib
 import contextvars
 import functools
@@ -100,12 +101,23 @@ class ContextReplica:
         return exchange_by_sum(self, blocks)
 
 
-class TpuReplica(ContextReplica):
-    """A TPU core under TPUStrategy."""
+class TpuCollectives(abc.ABC):
+    """What a TPU core asks of the others, by name of the one group of all cores."""
+
+    @property
+    @abc.abstractmethod
+    def count(self) -> int:
+        """Number of cores, R."""
+
+    @property
+    def _group(self) -> list[list[int]]:
+        return [list(range(self.count))]
 
     def sum(self, tree: Any) -> Any:
         """Sums over the cores by tpu.cross_replica_sum."""
-        return tf.nest.map_structure(tf.compat.v1.tpu.cross_replica_sum, tree) if self.count > 1 else tree
+        if self.count == 1:
+            return tree
+        return tf.nest.map_structure(lambda x: tf.compat.v1.tpu.cross_replica_sum(x, self._group), tree)
 
     def sum_pair(self, x: tf.Tensor, distance: int) -> tf.Tensor:
         """Sums over the two cores by tpu.cross_replica_sum."""
@@ -114,12 +126,25 @@ class TpuReplica(ContextReplica):
     def all_to_all(self, blocks: tf.Tensor) -> tf.Tensor:
         """Exchanges blocks by the TPU's own all-to-all."""
         return tf.raw_ops.AllToAll(
-            input=blocks,
-            group_assignment=[list(range(self.count))],
-            concat_dimension=0,
-            split_dimension=0,
-            split_count=self.count,
+            input=blocks, group_assignment=self._group, concat_dimension=0, split_dimension=0, split_count=self.count
         )
+
+
+class TpuReplica(TpuCollectives):
+    """A TPU core under TPUStrategy, inside strategy.run."""
+
+    def __init__(self) -> None:
+        self._context = ContextReplica()
+
+    @property
+    def count(self) -> int:
+        """Number of cores, R."""
+        return self._context.count
+
+    @property
+    def index(self) -> tf.Tensor:
+        """int32[]: this core's id."""
+        return self._context.index
 
 
 _CURRENT: contextvars.ContextVar[Replica] = contextvars.ContextVar("replica")

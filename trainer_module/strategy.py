@@ -2,6 +2,7 @@
 
 import contextlib
 import socket
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -53,6 +54,16 @@ def prepare_devices(replicas: int) -> None:
         tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * replicas)
 
 
+def multiply_in_full() -> None:
+    """Lets what this process compiles for TPUs and GPUs multiply float32 as float32.
+
+    Else TPUs round the factors to bfloat16 and NVIDIA's GPUs to TensorFloat-32, see
+    tensorflow.org/api_docs/python/tf/config/experimental/enable_tensor_float_32_execution. What may be rounded is what
+    train.precision says.
+    """
+    tf.config.experimental.enable_tensor_float_32_execution(False)
+
+
 def prepare(config: TrainConfig) -> None:
     """Sets up what `choose_strategy` will use, before TensorFlow's first operation, and misses a TPU at once.
 
@@ -75,11 +86,12 @@ def choose_strategy(config: TrainConfig) -> tf.distribute.Strategy:
     """The strategy that a configuration asks for.
 
     `auto` is a TPU if one is named or attached, else the GPUs, else `replicas` logical CPU devices. On TPUs and GPUs
-    the cores that there are decide the number of replicas, not `replicas`.
+    the cores that there are decide the number of replicas, not `replicas`. All multiply float32 as float32.
 
     Raises:
         UserError: no such TPU, or a global batch that the cores cannot share.
     """
+    multiply_in_full()
     kind = _resolve(config)
     if kind is StrategyKind.tpu:
         strategy: tf.distribute.Strategy = _tpu_strategy(config)
@@ -94,6 +106,12 @@ def choose_strategy(config: TrainConfig) -> tf.distribute.Strategy:
         progress.note(
             f"train.key_bn.mode={config.key_bn.mode.name} has nothing to shuffle on one replica, so batch statistics "
             "may betray the positives; e.g. train.key_bn.mode=split"
+        )
+    share = config.global_batch // strategy.num_replicas_in_sync
+    if config.key_bn.mode is KeyBnMode.split and share == config.key_bn.groups:
+        progress.note(
+            f"train.key_bn.groups={share} groups of a replica's {share} images are one image each, which batch "
+            "normalisation then normalises by itself; fewer groups or a larger train.global_batch"
         )
     return strategy
 
@@ -141,9 +159,8 @@ def _tpu_strategy(config: TrainConfig) -> tf.distribute.TPUStrategy:
         tf.config.experimental_connect_to_cluster(resolver)
         tf.tpu.experimental.initialize_tpu_system(resolver)
     except Exception as error:  # each of the libraries on the way to a TPU has exceptions of its own
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"train.strategy={config.strategy.name}: no TPU{_named(config.tpu)} ({_shortened(reason)}); "
+            f"train.strategy={config.strategy.name}: no TPU{_named(config.tpu)} ({_why(error, config.tpu)}); "
             f"on a TPU VM set train.tpu.name={LOCAL_TPU}; elsewhere train.strategy={_without_tpu(config)}"
         ) from error
     return tf.distribute.TPUStrategy(resolver)
@@ -177,11 +194,25 @@ def _answers_within(seconds: float) -> Iterator[None]:
 
 
 def _named(tpu: TpuConfig) -> str:
-    return f" {tpu.name}" if tpu.name and tpu.name != LOCAL_TPU else " on this machine"
+    return " on this machine" if _is_here(tpu) else f" {tpu.name}"
 
 
-def _shortened(reason: str) -> str:
-    return reason if len(reason) <= 100 else f"{reason[:99]}…"
+def _is_here(tpu: TpuConfig) -> bool:
+    return tpu.name in ("", LOCAL_TPU)
+
+
+def _why(error: Exception, tpu: TpuConfig) -> str:
+    """The reason in a user's words; TensorFlow's own only where it is none of the usual ones."""
+    if _is_here(tpu) and not _tpu_attached():
+        return "no TPU chip is attached to it"
+    if not _is_here(tpu) and "://" not in tpu.name:
+        return "Google Cloud could not be asked, or knows none of that name in train.tpu.zone and train.tpu.project"
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    said = (str(error).splitlines() or [type(error).__name__])[0]
+    if "OpKernel" in said or "not registered" in said:
+        return "this TensorFlow is not its build for TPUs, tensorflow-tpu"
+    return textwrap.shorten(said, 200, placeholder=" …")
 
 
 def _check_shares(config: TrainConfig, cores: int) -> None:

@@ -122,6 +122,9 @@ def _answers(address: str) -> bool:
 def _serve(host: Host) -> None:
     import tensorflow as tf
 
+    from trainer_module.strategy import multiply_in_full
+
+    multiply_in_full()  # the programs of this host's cores are made here
     cluster = tf.train.ClusterSpec({"worker": list(host.addresses)})
     tf.distribute.Server(cluster, job_name="worker", task_index=host.index, protocol="grpc").join()
 

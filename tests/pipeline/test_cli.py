@@ -371,14 +371,15 @@ sys.exit(cli.main(["run", "--images", sys.argv[1], "--workdir", sys.argv[2]]))
 """
 
 
-def test_an_interrupted_run_says_that_the_same_command_continues(tmp_path: Path):
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM], ids=lambda sent: sent.name)
+def test_a_run_that_is_stopped_before_its_first_stage_says_that_the_same_command_continues(tmp_path: Path, sent):
     images = tmp_path / "images"
     images.mkdir()
     command = [sys.executable, "-c", WAITING, str(images), str(tmp_path / "work")]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
     assert process.stdout.readline() == "waiting\n"
-    process.send_signal(signal.SIGINT)
+    process.send_signal(sent)
     assert process.communicate(timeout=60)[1] == "moco: interrupted; the same command continues\n"
     assert process.returncode == 130
 

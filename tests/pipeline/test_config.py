@@ -226,6 +226,15 @@ def test_what_cannot_be_read_is_refused_in_one_line_with_the_mend(override, word
             ["train.strategy=single", "train.key_bn.mode=split", "train.global_batch=260"],
             ["=8 equal groups", "=260 over 1 ", "e.g. train.key_bn.groups=5"],
         ),
+        (
+            ["train.strategy=single", "train.key_bn.mode=split", "train.global_batch=257"],
+            ["=8 equal groups", "=257 over 1 ", "e.g. train.global_batch=256"],
+        ),
+        (
+            ["train.strategy=single", "train.key_bn.mode=split", "train.global_batch=5"],
+            ["=8 equal groups", "=5 over 1 ", "e.g. train.global_batch=16"],
+        ),
+        (["train.key_bn.groups=1"], ["train.key_bn.groups=1", "at least 2", "e.g. train.key_bn.groups=2"]),
         (["train.schedule=step", "train.milestones=[3,2,3]"], ["train.milestones=[3,2,3]", "[2,3]"]),
         (
             ["encoder=keras.applications.VGG16", "encoder.width=8"],

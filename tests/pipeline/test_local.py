@@ -22,10 +22,14 @@ from ml_metadata import metadata_store
 from ml_metadata.proto import metadata_store_pb2
 from small_runs import result_of, settings, write_images
 from tfx.orchestration import metadata
+from tfx.types.artifact_utils import verify_artifacts
+from tfx.types.standard_artifacts import Examples
 
 from components.pusher.executor import CARD_FILE
-from pipeline import cli, config, console, local
+from pipeline import cli, config, console, local, report
+from trainer_module.config import AugmentConfig
 from trainer_module.errors import UserError
+from trainer_module.input import open_source
 
 pytestmark = pytest.mark.long
 
@@ -281,6 +285,31 @@ def test_a_clock_that_was_a_year_ahead_in_earlier_runs_costs_nothing_of_the_cach
     assert local.run(settings(), str(images), workdir) == 0
     assert set(result_of(workdir)["cached"]) == COMPONENTS
     assert result_of(workdir)["pushed_model"] == before["pushed_model"]
+
+
+@pytest.mark.parametrize("advice_followed", [True, False])
+def test_the_folder_that_a_refusal_of_the_views_names_is_the_one_by_which_tfx_makes_them_again(
+    tmp_path, advice_followed
+):
+    artifact = Examples()
+    artifact.uri = str(tmp_path / "views" / "3")
+    split = Path(artifact.uri, "Split-train")
+    split.mkdir(parents=True)
+    entry = {"name": "views-p0000-00000-of-00001.tfrecord", "records": 1, "bytes": 5_000_000}
+    manifest = {"size": 8, "images": 1, "pairs_per_image": 1, "files": [entry]}
+    Path(artifact.uri, "views.json").write_text(json.dumps(manifest))
+    node = report.Node("ViewAugmenter", 0, 0, True, {"views": [artifact]})
+    assert report.describe(node) == "1 pairs of views of 8 px for 1 images, 5 MB"
+    with pytest.raises(UserError) as refusal:
+        open_source(str(split), AugmentConfig(size=8))
+    named = re.search(r"delete (\S+) and run again", str(refusal.value))[1]
+    Path(artifact.uri, "views.json").write_text("{}")
+    with pytest.raises(UserError, match=f"delete {re.escape(named)} and run again"):
+        report.describe(node)
+    shutil.rmtree(named if advice_followed else split)
+    # By this the launcher decides whether what an earlier run made still stands for the stage.
+    with pytest.raises(RuntimeError, match="missing") if advice_followed else contextlib.nullcontext():
+        verify_artifacts({"views": [artifact]})
 
 
 def test_a_version_that_was_deleted_is_published_again(first, images, workdir):

@@ -111,6 +111,12 @@ def test_what_sounds_at_the_end_is_what_was_said_and_has_not_cleared():
     assert sounding([*intervals, cleared], CONFIG) == {}
 
 
+@pytest.mark.parametrize("change", [{"embedding_spread": 0.0}, {"effective_rank": 1.0}])
+def test_a_collapsed_network_is_not_said_to_leak(change):
+    said = run({"knn_top1": 0.5}, *[{"pretext_top1": 1.0, "knn_top1": 0.1, **change}] * 3)
+    assert kinds(said) == [[], [], [], [Kind.collapse]]
+
+
 @pytest.mark.parametrize("pretext", [0.5, 0.95])
 def test_a_fall_of_knn_alone_is_no_leak(pretext):
     assert kinds(run({"knn_top1": 0.5}, {"pretext_top1": pretext, "knn_top1": 0.3})) == [[], []]

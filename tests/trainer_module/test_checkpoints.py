@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from trainer_module.checkpoints import Checkpoints, clear, make_folder, refuse_other_run
+from trainer_module.checkpoints import Checkpoints, _reason, clear, make_folder, refuse_other_run
 from trainer_module.errors import UserError
 from trainer_module.progress import LOGGER_NAME
 
@@ -159,6 +159,14 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before_and_says_so(wr
         assert said.note.endswith("training goes on from step 10")
         assert "\n" not in said.note
         assert "{{" not in said.note
+
+
+@pytest.mark.parametrize(("count", "whole"), [(30, True), (100, False)])
+def test_the_reason_of_a_fall_back_is_told_whole_or_cut_between_words_and_marked(count, whole):
+    said = " ".join(f"word{i}" for i in range(count))
+    told = _reason(tf.errors.DataLossError(None, None, f"{{{{function_node f}}}} {said}\n\t [[trace]]"))
+    assert (told == said) == whole
+    assert whole or said.startswith(f"{told.removesuffix(' …')} word")
 
 
 def test_after_a_fall_back_the_damaged_one_is_the_first_to_go(written, tmp_path):

@@ -1,6 +1,9 @@
 """The trainer's input: epochs of pairs, the order by seed, and going on from any step."""
 
 import dataclasses
+import json
+import re
+import shutil
 
 import numpy as np
 import pytest
@@ -127,32 +130,112 @@ def test_fewer_images_than_a_batch_are_refused_with_the_largest_batch(split_dir)
         steps_per_epoch(open_source(str(split_dir), BEAM), IMAGES + 1)
 
 
+@pytest.fixture
+def copy(split_dir, tmp_path):
+    """Of the whole artifact; its train split."""
+    return shutil.copytree(split_dir.parent, tmp_path / "views" / "3") / split_dir.name
+
+
+def refusal(act):
+    """One line that names the artifact's folder as what has to go: only then is its stage run again."""
+    with pytest.raises(UserError) as caught:
+        act()
+    text = str(caught.value)
+    assert "\n" not in text
+    assert re.search(r"delete (\S+) and run again to make the views again$", text)[1].endswith("/views/3")
+    return text
+
+
 @pytest.mark.parametrize("harm", ["missing", "truncated"])
-def test_a_missing_or_truncated_shard_is_named_and_refused(split_dir, tmp_path, harm):
-    copy = tmp_path / "Split-train"
-    copy.mkdir()
-    for file in split_dir.iterdir():
-        (copy / file.name).write_bytes(file.read_bytes())
-    (tmp_path / "views.json").write_text((split_dir.parent / "views.json").read_text())
+def test_a_missing_or_truncated_shard_is_named_and_refused(copy, harm):
     victim = copy / "views-p0001-00001-of-00003.tfrecord"
     if harm == "missing":
         victim.unlink()
     else:
         victim.write_bytes(victim.read_bytes()[:-7])
-    with pytest.raises(UserError, match=victim.name):
-        open_source(str(copy), BEAM)
+    assert str(victim) in refusal(lambda: open_source(str(copy), BEAM))
 
 
-def test_a_flipped_bit_that_only_reading_finds_names_its_shard(split_dir, tmp_path):
-    for file in split_dir.iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
-    victim = tmp_path / "views-p0001-00001-of-00003.tfrecord"
+def read_all(copy, augment):
+    source = open_source(str(copy), augment)
+    with damage_named(source):
+        list(dataset_from(source, augment, SEED, 2, 5, 0, tf.distribute.InputContext()))
+
+
+def flipped(victim):
     content = bytearray(victim.read_bytes())
     content[len(content) // 2] ^= 1
     victim.write_bytes(content)
-    source = dataclasses.replace(open_source(str(split_dir), BEAM), directory=str(tmp_path))
-    with pytest.raises(UserError, match=rf"{victim} is damaged: delete its folder"), damage_named(source):
-        list(dataset_from(source, BEAM, SEED, 2, 5, 0, tf.distribute.InputContext()))
+
+
+def zeroed(victim):
+    """Whole records of the same size with nothing in them."""
+    records = [record.numpy() for record in tf.data.TFRecordDataset(str(victim))]
+    with tf.io.TFRecordWriter(str(victim)) as writer:
+        for record in records:
+            writer.write(bytes(len(record)))
+
+
+def of_other_pixels(victim):
+    """Sound examples, but of views of another size in a file that is as long."""
+    records = [tf.train.Example.FromString(record.numpy()) for record in tf.data.TFRecordDataset(str(victim))]
+    with tf.io.TFRecordWriter(str(victim)) as writer:
+        for record in records:
+            query, key = (record.features.feature[name].bytes_list.value for name in ("query", "key"))
+            query[0], key[0] = query[0][:-3], key[0] + bytes(3)
+            writer.write(record.SerializeToString())
+
+
+@pytest.mark.parametrize(
+    ("harm", "augment", "name"),
+    [
+        (flipped, BEAM, "views-p0001-00001-of-00003.tfrecord"),
+        (zeroed, BEAM, "views-p0001-00001-of-00003.tfrecord"),
+        (of_other_pixels, BEAM, "views-p0001-00001-of-00003.tfrecord"),
+        (zeroed, TRAINER, "images-00001-of-00003.tfrecord"),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_damage_that_only_reading_finds_names_its_shard(copy, harm, augment, name):
+    harm(copy / name)
+    assert f"{copy / name} is damaged" in refusal(lambda: read_all(copy, augment))
+
+
+def without(start):
+    """Of the manifest, the entries whose names start otherwise."""
+    return lambda content: {**content, "files": [f for f in content["files"] if not f["name"].startswith(start)]}
+
+
+def text_of(change):
+    return lambda content: json.dumps(change(content)).encode()
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda _: b"\xff\xfe\x00", "damaged"),
+        (lambda _: b"", "damaged"),
+        (text_of(lambda _: {}), "damaged"),
+        (text_of(lambda _: [1]), "damaged"),
+        (text_of(lambda _: "views"), "damaged"),
+        (text_of(lambda content: {**content, "images": -1}), "damaged"),
+        (text_of(lambda content: {**content, "pairs_per_image": 10**15}), "damaged"),
+        (text_of(lambda content: {**content, "files": [1]}), "damaged"),
+        (text_of(lambda content: {**content, "files": [{**f, "name": "../x"} for f in content["files"]]}), "damaged"),
+        (text_of(lambda content: {**content, "files": content["files"] * 2}), "damaged"),
+        (text_of(lambda content: {**content, "files": []}), "damaged"),
+        (text_of(without("views-p0001-00000")), "lists 14 records of pair 1 for 22 images"),
+        (text_of(without("views-p0001")), "lists 0 records of pair 1 for 22 images"),
+        (text_of(without("images-00000")), "lists 14 records of the stored images for 22 images"),
+        (text_of(without("images")), "lists nothing for augment.where=both"),
+    ],
+)
+def test_a_damaged_manifest_is_refused_in_one_line(copy, damage, words):
+    manifest = copy.parent / "views.json"
+    manifest.write_bytes(damage(json.loads(manifest.read_text())))
+    text = refusal(lambda: open_source(str(copy), BOTH))
+    assert text.startswith(str(manifest))
+    assert words in text
 
 
 def test_damage_that_is_not_in_the_views_keeps_its_traceback(split_dir):

@@ -91,6 +91,11 @@ def test_a_queue_takes_keys_and_statistics_round_the_end():
         queue.enqueue(tf.zeros([6, 2]), [tf.zeros([3])] * 2)
     with pytest.raises(UserError, match="0 statistics given to a KeyQueue that keeps 2"):
         queue.enqueue(tf.zeros([1, 2]))
+    for wrong in (tf.zeros([4]), tf.zeros([])):  # which the ring would have broadcast or torn
+        with pytest.raises(UserError, match=r"statistics of shape \(4?,?\) given to a KeyQueue that keeps \(3,\)"):
+            queue.enqueue(tf.zeros([1, 2]), [tf.zeros([3]), wrong])
+    with pytest.raises(UserError, match="a batch of no keys"):
+        queue.enqueue(tf.zeros([0, 2]), [tf.zeros([3])] * 2)
 
 
 @pytest.mark.parametrize("graph", [False, True])
@@ -310,9 +315,11 @@ def test_a_learning_rate_set_by_a_callback_and_a_keras_schedule_are_saved(pairs,
         ({"optimizer": "sgd"}, r"compile\(optimizer=…\): MoCoModel has its own loss and SGD"),
         ({"loss": "mse"}, r"compile\(loss=…\)"),
         ({"learning_rate": "adam"}, "neither a number nor a function"),
+        ({"sgd_momentum": 1.0}, r"sgd_momentum=1\.0: must be at least 0 and below 1"),
+        ({"weight_decay": -1e-4}, "weight_decay=-0.0001: must be at least 0"),
     ],
 )
-def test_an_optimizer_or_loss_that_would_be_ignored_is_refused(settings, message):
+def test_an_optimizer_or_loss_that_would_be_ignored_and_numbers_out_of_range_are_refused(settings, message):
     refused(lambda: moco_of().compile(**settings), message)
 
 
@@ -331,11 +338,35 @@ def test_an_optimizer_or_loss_that_would_be_ignored_is_refused(settings, message
         (lambda: moco_of(small(noise=True)), "a random state, as of Dropout"),
         (lambda: moco_of(key_encoder=small(None)), "have not the shapes of the encoder's"),
         (lambda: moco_of(keras.Sequential([keras.layers.Dense(2)])), "has no weights to train; build it"),
-        (lambda: moco_of(queue=0), "must be at least 1"),
+        (lambda: moco_of(queue=0), "queue=0: must be an integer, at least 1"),
+        (lambda: moco_of(queue=2.5), r"queue=2\.5: must be an integer"),
+        (lambda: moco_of(momentum=1.5), r"momentum=1\.5: must be at least 0 and below 1"),
+        (lambda: moco_of(temperature=0.0), r"temperature=0\.0: must be a number above 0"),
+        (lambda: moco_of(temperature=float("nan")), "temperature=nan: must be a number above 0"),
+        (lambda: moco_of(mean=(1.0, 2.0)), r"mean=\(1\.0, 2\.0\) must be 3 finite numbers"),
+        (lambda: moco_of(std=(0.0, 1.0, 1.0)), r"std=\(0\.0, 1\.0, 1\.0\) must be above 0"),
+        (lambda: moco_of(small(lambda: SplitBatchNormalization(1)), key_bn="split"), "has groups=1, which is no shuff"),
     ],
 )
 def test_what_would_silently_leak_or_fail_later_is_refused_at_once(make, message):
     refused(make, message)
+
+
+@pytest.mark.parametrize("given", ["none", "list", "positional", "CallbackList"])
+def test_fit_stops_in_one_line_at_a_loss_that_is_not_finite_before_another_callback_saves_it(given, pairs, tmp_path):
+    model, saved = compiled(), tmp_path / "m.weights.h5"
+    save = keras.callbacks.ModelCheckpoint(saved, save_weights_only=True, save_freq=1)
+    nan = pairs.map(lambda query, key: (np.nan * tf.cast(query, tf.float32), tf.cast(key, tf.float32)))
+    args, kwargs = {
+        "none": ((), {}),
+        "list": ((), {"callbacks": [save]}),
+        "positional": ((None, None, 1, 0, [save]), {}),
+        "CallbackList": ((), {"callbacks": keras.callbacks.CallbackList([save], model=model, epochs=1, steps=2)}),
+    }[given]
+    refused(
+        lambda: model.fit(nan, *args, **({} if args else {"verbose": 0}), **kwargs), "after 1 batches .* loss is nan"
+    )
+    assert not saved.exists()
 
 
 def test_batches_that_do_not_fit_are_refused_in_one_line(pairs):

@@ -62,6 +62,21 @@ def test_step_is_the_papers_in_order_and_arithmetic(model, views):
     assert (int(new.pointer), int(new.step)) == (BATCH, 1)
 
 
+@pytest.mark.parametrize(("weights", "found"), [("sound", 1.0), ("collapsed", 0.0), ("nan", 0.0)])
+def test_neither_a_collapsed_network_nor_nan_finds_its_positives(model, views, weights, found):
+    """All embeddings are one where only the last bias is left; the order of two sums must not decide then."""
+    moco, state = make_moco(model), initial_state(model, QUEUE, 0)
+    if weights != "sound":
+        bias = tf.random.stateless_normal(state.query[-1].shape, [3, 4])
+        lost = [tf.zeros_like(w) for w in state.query[:-1]] + [bias if weights == "collapsed" else bias * np.nan]
+        direction = tf.math.l2_normalize(bias)[tf.newaxis]
+        state = state._replace(query=lost, key=lost, queue=tf.repeat(direction, QUEUE, axis=0))
+    same = moco.evaluate(state, views[0], views[0])
+    _, trained = moco.step(state, views[0], views[0], SingleReplica())
+    for metrics in (same, trained):
+        assert (float(metrics.pretext_top1), float(metrics.pretext_top5)) == (found, found)
+
+
 def test_momentum_of_sgd_is_pytorchs(model, views):
     moco, state = make_moco(model), initial_state(model, QUEUE, 0)
     first, _ = moco.step(state, *views, SingleReplica())

@@ -1,6 +1,7 @@
 """Which cores a configuration gets: this machine's CPU, its GPUs, or a TPU, and one line where there is none."""
 
 import dataclasses
+import re
 import socket
 import time
 
@@ -47,6 +48,8 @@ def test_a_tpu_that_is_not_there_is_one_line_with_the_mend_and_no_long_wait(monk
     assert text.startswith(f"train.strategy={kind}: no TPU")
     assert "on a TPU VM set train.tpu.name=local; elsewhere train.strategy=" in text
     assert name == "local" or name in text
+    # Of TensorFlow's insides and of the system's numbers the user knows nothing.
+    assert not re.search("OpKernel|Op |TPUClusterResolver|Exception|Errno|urlopen|attr", text)
 
 
 def test_a_strategy_of_tpu_without_a_name_looks_for_one_on_this_machine():
@@ -108,6 +111,21 @@ def test_loops_have_the_steps_asked_for_and_one_by_itself_off_tpus():
     cpu = strategy.make_strategy(1)
     assert strategy.steps_per_loop(CONFIG, cpu) == 1
     assert strategy.steps_per_loop(dataclasses.replace(CONFIG, steps_per_loop=7), cpu) == 7
+
+
+@ON_CPU
+@pytest.mark.parametrize(("batch", "said"), [(8, 1), (16, 0)])
+def test_groups_of_one_image_each_are_noted(caplog, batch, said):
+    with caplog.at_level("INFO"):
+        strategy.choose_strategy(with_strategy("single", global_batch=batch, key_bn=KeyBnConfig(KeyBnMode.split, 8)))
+    assert ["are one image each" in r.getMessage() for r in caplog.records] == [True] * said
+
+
+@ON_CPU
+def test_with_its_strategy_a_training_multiplies_float32_as_float32():
+    tf.config.experimental.enable_tensor_float_32_execution(True)
+    strategy.choose_strategy(with_strategy("single"))
+    assert not tf.config.experimental.tensor_float_32_execution_enabled()
 
 
 @ON_CPU

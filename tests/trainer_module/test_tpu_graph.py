@@ -14,12 +14,17 @@ from tensorflow.python.framework import kernels
 from tensorflow.python.tpu import topology as topology_lib
 from tensorflow.python.tpu import tpu_system_metadata
 
-from trainer_module.config import KeyBnMode, TrainConfig
+from trainer_module.build import build, first_state
+from trainer_module.config import EncoderConfig, Head, KeyBnConfig, KeyBnMode, Precision, TrainConfig
 from trainer_module.driver import Driver
-from trainer_module.moco import Metrics, MoCo, initial_state
-from trainer_module.shuffle import key_encoding
+from trainer_module.moco import Metrics
+from trainer_module.replica import pairs
 
-CORES, BATCH, QUEUE, SIDE = 8, 32, 64, 8
+CORES, BATCH, QUEUE, SIDE = 8, 64, 128, 8
+# `auto` is another one's program, `none` that of `sync` with less in it. Two of them as a TPU likes it best.
+MODES = [mode for mode in KeyBnMode if mode not in (KeyBnMode.auto, KeyBnMode.none)]
+HALF = (KeyBnMode.all_to_all, KeyBnMode.stored)
+ENCODER = EncoderConfig(name="pipeline.tpu.small_encoder.two_convolutions", head=Head.v1, dim=16)
 Device = collections.namedtuple("Device", ["name", "device_type"])
 
 # Between the hosts' program and the cores'; a core's program has no other way to them.
@@ -89,22 +94,28 @@ def described_strategy():
     return tf.distribute.TPUStrategy(DescribedResolver(topology), experimental_device_assignment=assignment)
 
 
+def falling_rate(step):
+    return 0.1 * (1 - tf.cast(step, tf.float32) / 100)
+
+
+@pytest.fixture(scope="module", params=MODES, ids=lambda mode: mode.name)
+def mode(request):
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def program(tiny_encoder):
+def program(mode):
     """The driver's compiled loop as a GraphDef, with its functions."""
-    moco = MoCo(
-        tiny_encoder,
-        (110.0,) * 3,
-        (60.0,) * 3,
-        key_encoding(KeyBnMode.cross_replica_sum),
-        lambda step: 0.1 * (1 - tf.cast(step, tf.float32) / 100),
-        0.9,
-        0.2,
-        0.9,
-        1e-4,
-        0,
+    precision = Precision.bfloat16 if mode in HALF else Precision.float32
+    config = TrainConfig(
+        global_batch=BATCH,
+        queue=QUEUE,
+        precision=precision,
+        queue_precision=precision,
+        key_bn=KeyBnConfig(mode, groups=2, ring=2),
     )
-    state = tf.nest.map_structure(lambda t: t.numpy(), initial_state(tiny_encoder, QUEUE, 0))
+    moco = build(ENCODER, config, SIDE, (110.0,) * 3, (60.0,) * 3, falling_rate, 0).moco
+    state = tf.nest.map_structure(lambda t: t.numpy(), first_state(moco, config))
 
     def dataset_from(pipeline):
         views = np.zeros([BATCH // pipeline.num_replicas_in_sync, SIDE, SIDE, 3], np.uint8)
@@ -112,7 +123,7 @@ def program(tiny_encoder):
 
     with tf.Graph().as_default():
         strategy = described_strategy()
-        driver = Driver(moco, TrainConfig(global_batch=BATCH, queue=QUEUE), strategy, state)
+        driver = Driver(moco, config, strategy, state)
         assert driver.steps_per_loop == 100
         batches = strategy.distribute_datasets_from_function(dataset_from)
         loop = driver.compiled_loop()
@@ -144,14 +155,27 @@ def test_the_steps_are_a_loop_around_one_program_for_all_cores(program, body):
     }
 
 
-def test_sums_go_over_all_cores_at_once(cores_program):
-    sums = [n for n in cores_program if n.op == "CrossReplicaSum"]
-    assert sums
-    # No group, or one group of all.
+EVERYONE = [list(range(CORES))]
+BY_PAIRS = [("CrossReplicaSum", pairs(CORES, distance)) for distance in (1, 2, 4)]
+MOVES_IMAGES = {
+    KeyBnMode.cross_replica_sum: [("CrossReplicaSum", EVERYONE)],
+    KeyBnMode.all_to_all: [("AllToAll", EVERYONE)],
+    KeyBnMode.butterfly: BY_PAIRS,
+}
+
+
+def test_images_move_by_the_mode_s_own_collectives_and_all_else_is_sums_over_all_cores(mode, cores_program):
     inputs = {n.name: n for n in cores_program}
-    for node in sums:
-        group = inputs[node.input[1].split(":")[0]]
-        np.testing.assert_array_equal(tf.make_ndarray(group.attr["value"].tensor), [list(range(CORES))])
+
+    def called(node):
+        return node.op, tf.make_ndarray(inputs[node.input[1].split(":")[0]].attr["value"].tensor).tolist()
+
+    collectives = [n for n in cores_program if n.op in ONLY_FOR_TPUS]
+    moving = [called(n) for n in collectives if "key_shuffle" in n.name]
+    assert moving == MOVES_IMAGES.get(mode, [])
+    rest = {(called(n)[0], str(called(n)[1])) for n in collectives if "key_shuffle" not in n.name}
+    assert rest == {("CrossReplicaSum", str(EVERYONE))}
+    assert any("/batch_norm/" in n.name for n in collectives) == (mode is KeyBnMode.sync)
 
 
 def test_every_operation_of_the_cores_can_be_compiled(cores_program):

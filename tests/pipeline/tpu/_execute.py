@@ -3,9 +3,12 @@
 A question is {"hlo": FILE, "manifest": …, "state": FILE.npz by the names of the leaves, "views": FILE.npz with x_q and
 x_k, uint8[steps, B, H, W, 3], "to": FILE.npz}. It writes "T/NAME" for each result NAME of each step T, from 1, as core
 0 has it, and answers with the names of the results that differ between the cores.
+
+{"hlo": FILE, "products": true} asks for the program's matrix products and convolutions alone, [type, precision] each.
 """
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +27,22 @@ from jax._src.interpreters import mlir  # noqa: E402  # isort: skip
 from jax._src.lib import xla_client  # noqa: E402  # isort: skip
 
 
-def answer(question: dict[str, Any]) -> dict[str, Any]:
+_PRODUCT = re.compile(r"= (?P<dtype>\w+)\[[^=]* (?:dot|convolution)\(.*")
+_PRECISION = re.compile(r"operand_precision=\{(?P<precision>\w+,\w+)\}")
+
+
+def products(text: str) -> list[tuple[str, str]]:
+    """Type of the result and precision of the operands of each, as XLA's text has them."""
+    found = []
+    for line in _PRODUCT.finditer(text):
+        precision = _PRECISION.search(line[0])
+        found.append((line["dtype"], precision["precision"] if precision else "default"))
+    return found
+
+
+def answer(question: dict[str, Any]) -> Any:
+    if question.get("products"):
+        return products(_compile.read(Path(question["hlo"])).get_hlo_module().to_string())
     manifest = question["manifest"]
     replicas = manifest["replicas"]
     cpu = xla_bridge.get_backend("cpu")

@@ -18,7 +18,7 @@ from reference import STATS, WEIGHTS, Outcome, Reference, State, pairs_of_views
 from pipeline.tpu.analysis import Request
 from trainer_module import config_json
 from trainer_module.build import build, first_state
-from trainer_module.config import EncoderConfig, Head, KeyBnConfig, KeyBnMode, TrainConfig
+from trainer_module.config import EncoderConfig, Head, KeyBnConfig, KeyBnMode, Precision, TrainConfig
 from trainer_module.driver import Driver, learning_rate, named
 from trainer_module.lowering import MEAN, STD, STEPS_PER_EPOCH
 from trainer_module.moco import Metrics
@@ -299,6 +299,18 @@ def test_the_lowered_step_is_the_reference_s_tensor_by_tensor(mode, replicas, vi
     results, differ = pending.result()
     assert_equal(results, expected)
     assert not differ, "the cores' states part"
+
+
+@pytest.mark.parametrize("precision", list(Precision), ids=lambda precision: precision.name)
+def test_what_is_float32_is_multiplied_as_float32_on_a_tpu_too(precision, lowering_worker, executing_worker, tmp_path):
+    """XLA's default there is to round the factors to bfloat16."""
+    train = dataclasses.replace(train_config(KeyBnMode.cross_replica_sum, 2), precision=precision)
+    question = {"request": config_json.dumps(Request(ENCODER, train, SIDE, 2, 1, SEED)), "to": str(tmp_path / "hlo")}
+    lowering_worker.ask(json.dumps(question))
+    products = executing_worker.ask(json.dumps({"hlo": question["to"], "products": True}))
+    full = [kind for dtype, kind in products if dtype == "f32"]
+    assert len(full) >= (3 if precision is Precision.bfloat16 else 10)  # the head and the logits, there and back
+    assert set(full) == {"highest,highest"}
 
 
 # What the comparison can see.
