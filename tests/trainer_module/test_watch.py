@@ -236,15 +236,26 @@ def test_an_alarm_is_a_note_and_a_warning_once(tmp_path: Path, caplog: pytest.Lo
     assert [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING] == notes(caplog)
 
 
-def test_a_resumed_run_does_not_repeat_an_alarm_and_remembers_the_best_knn(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-):
-    watch = make(tmp_path, knn=lambda: 0.6)
+def test_a_resumed_run_does_not_repeat_an_alarm(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    watch = make(tmp_path / "broken")
     drive(watch, 0, 16, embedding_std=0.0)
+    watch.check_finite(16, of_step(16))
+    said = []
+    with caplog.at_level(logging.INFO, LOGGER_NAME):
+        for folder in ("broken", "of_nothing_before"):
+            caplog.clear()
+            drive(make(tmp_path / folder, start=16), 16, TOTAL, embedding_std=0.0)
+            said.append([note.split(" at ")[0] for note in notes(caplog)])
+    assert said == [[], ["collapse"]]
+
+
+def test_a_resumed_run_remembers_the_best_knn(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    watch = make(tmp_path, knn=lambda: 0.6)
+    drive(watch, 0, 16)
     watch.check_finite(16, of_step(16))
     with caplog.at_level(logging.INFO, LOGGER_NAME):
         caplog.clear()
-        drive(make(tmp_path, start=16, knn=lambda: 0.4), 16, TOTAL, embedding_std=0.0, pretext_top1=0.99)
+        drive(make(tmp_path, start=16, knn=lambda: 0.4), 16, TOTAL, pretext_top1=0.99)
     assert [note.split(" at ")[0] for note in notes(caplog)] == ["leak"]
     assert "fell from 0.600 to 0.400" in notes(caplog)[0]
 
