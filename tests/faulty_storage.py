@@ -265,7 +265,7 @@ class _Handler(BaseHTTPRequestHandler):
             driblets.append(self.rfile.read(min(max(1, length // 8), length - start)))
         return b"".join(driblets)
 
-    do_POST = do_PUT = do_DELETE = do_PATCH = do_GET  # noqa: N815
+    do_POST = do_PUT = do_DELETE = do_PATCH = do_GET
 
     def _answer(self, request: Request, fault: Fault | None) -> None:
         storage = self.server.storage

@@ -104,7 +104,7 @@ def running() -> Iterator[tuple[KubeflowServer, str]]:
             self.end_headers()
             self.wfile.write(text)
 
-        do_GET = do_POST = do_DELETE = _do  # noqa: N815  # http.server's names
+        do_GET = do_POST = do_DELETE = _do
 
         def log_message(self, *_: Any) -> None:
             pass
