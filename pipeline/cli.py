@@ -687,8 +687,7 @@ def _pipeline(
     from pipeline import config, console
     from pipeline.workdir import opened
 
-    # A polite kill (docker stop, timeout) ends a run as Ctrl-C does: said in one line, and to be continued.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    _end_politely()
     settings = config.resolved(config.load(preset_or_file, overrides))
     workdir = os.path.expanduser(workdir)
     check_workdir(workdir, images)
@@ -708,9 +707,15 @@ def _pipeline(
             return local.run(settings, images, home, require_blessing=require_blessing)
 
 
+def _end_politely() -> None:
+    """Has a polite kill (docker stop, systemd, Kubernetes) end what can go on later as Ctrl-C does: in one line."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
 def _embed(options: argparse.Namespace) -> int:
     from pipeline import console
 
+    _end_politely()
     console.quiet(options.verbose)
     console.prefer_onednn()
     from pipeline import embed

@@ -25,6 +25,7 @@ from components.view_augmenter.component import ViewAugmenter
 from pipeline import __version__, fingerprint
 from pipeline.config import Config, flatten
 from trainer_module import run_fn
+from trainer_module.config import is_conduct
 from trainer_module.run_fn import Experiment
 from trainer_module.torch_weights import digest
 
@@ -80,7 +81,10 @@ class Runner(abc.ABC):
 
 
 class LocalRunner(Runner):
-    """This machine: TFX's own Trainer, and a strategy of ours on its ML Metadata."""
+    """This machine: TFX's own Trainer, and a strategy of ours on its ML Metadata.
+
+    For pipeline.local, which tells the Trainer what is not in its cache key.
+    """
 
     name = "moco"
 
@@ -99,7 +103,7 @@ class LocalRunner(Runner):
             # The loop counts epochs, not TFX's steps; views exist of the train split alone.
             train_args=tfx.proto.TrainArgs(splits=["train"]),
             eval_args=tfx.proto.EvalArgs(splits=["train"]),
-            custom_config=experiment.to_custom_config(),
+            custom_config=experiment.cache_key(),  # see pipeline.local: the executor gets the experiment itself
         )
 
     def baseline(self, config: Config, candidate: Channel) -> BaseNode:
@@ -183,7 +187,11 @@ def create_pipeline(config: Config, places: Places, runner: Runner) -> tfx.dsl.P
         blessing=evaluator.outputs["blessing"],
         name=config.name,
         statement=config.card,
-        config={key: value for key, value in flatten(config).items() if not key.startswith("cloud.")},
+        config={
+            key: value
+            for key, value in flatten(config).items()
+            if not (key.startswith("cloud.") or is_conduct(key))  # a model from the cache may know of others
+        },
         code=code,
         project=__version__,
     ).with_id("ModelCard")

@@ -10,8 +10,9 @@ import itertools
 import os
 import shutil
 import time
+import types
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from tfx.orchestration.local import local_dag_runner, runner_utils
 from tfx.orchestration.portable import launcher, runtime_parameter_utils
 from tfx.orchestration.portable.mlmd import execution_lib
 from tfx.proto.orchestration import pipeline_pb2
+from tfx.types.standard_component_specs import CUSTOM_CONFIG_KEY
+from tfx.utils import json_utils
 
 from components import disk
 from components.pusher import publish
@@ -67,8 +70,8 @@ def _run(config: Config, images: str, home: Path, require_blessing: bool) -> int
     check_encoder(config.encoder, config.augment.size)
     serving = config.publish.to or str(home / "serving" / "encoder")
     places = Places(str(home / "artifacts"), serving, _checkpoints(config, home))
-    # Known now, and not only once the Trainer finds them.
-    refuse_other_run(places.checkpoints, make_experiment(config, places, digest(config.encoder.weights)).identity())
+    experiment = make_experiment(config, places, digest(config.encoder.weights))
+    refuse_other_run(places.checkpoints, experiment.identity())  # known now, and not only once the Trainer finds them
     make_folder(places.checkpoints)
     store = database.path_in(home)
     database.wait_until_free(store)
@@ -92,7 +95,9 @@ def _run(config: Config, images: str, home: Path, require_blessing: bool) -> int
             clear(places.checkpoints, LOGS, RESULT_FILE)
 
     began = time.monotonic()
-    runner = _Runner(finished)
+    # How a training is carried out has no part in the cache key: changed afterwards, it asks for no other model.
+    told = {CUSTOM_CONFIG_KEY: json_utils.dumps(experiment.to_custom_config())}
+    runner = _Runner(finished, {"Trainer": told})
     try:
         runner.run(create_pipeline(config, places, LocalRunner(images, connection, BEAM_ARGUMENTS)))
     except BaseException as error:
@@ -121,11 +126,16 @@ def _check_sizes(config: Config, train: int, root: str, *, stored: bool) -> None
 
 
 class _Runner(local_dag_runner.LocalDagRunner):
-    """LocalDagRunner that says of each node what came of it."""
+    """LocalDagRunner that says of each node what came of it.
 
-    def __init__(self, finished: Callable[[report.Node], None]) -> None:
+    Args:
+        finished: is told of each node.
+        told: node -> execution properties for its executor, in place of those that the cache is asked with.
+    """
+
+    def __init__(self, finished: Callable[[report.Node], None], told: Mapping[str, Mapping[str, str]]) -> None:
         super().__init__()
-        self._finished = finished
+        self._finished, self._told = finished, told
         self.current = ""
 
     def run_with_ir(self, pipeline: pipeline_pb2.Pipeline, run_options: pipeline_pb2.RunOptions | None = None) -> None:
@@ -151,6 +161,7 @@ class _Runner(local_dag_runner.LocalDagRunner):
                 executor_spec=runner_utils.extract_executor_spec(deployment, self.current),
                 custom_driver_spec=runner_utils.extract_custom_driver_spec(deployment, self.current),
             )
+            node_launcher.told = self._told.get(self.current, {})
             execution = node_launcher.launch()
             if execution and execution.execution_id:
                 seconds = time.monotonic() - began
@@ -170,8 +181,10 @@ class _Launcher(launcher.Launcher):
     """A launcher that clocks the executor apart from driver, metadata and publishing, and makes its outputs last."""
 
     executor_seconds = 0.0
+    told: Mapping[str, str] = types.MappingProxyType({})  # see _Runner
 
     def _run_executor(self, execution_info: Any) -> Any:
+        execution_info.exec_properties.update(self.told)
         began = time.monotonic()
         try:
             done = super()._run_executor(execution_info)

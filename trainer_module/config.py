@@ -326,18 +326,32 @@ def is_operational(key: str) -> bool:
     return key in _OPERATIONAL or key.startswith("train.watch.")
 
 
-_OPERATIONAL = frozenset(
+def is_conduct(key: str) -> bool:
+    """Whether a setting, such as "train.log_steps", only says how a training is carried out.
+
+    A finished training then stands for one with another value. More may change in the midst of one, see
+    `is_operational`: of `train.watch` what the alarm of a leak goes by stays out of here, since by it the model is
+    judged, and what decides on how many cores it runs, since these share batch statistics.
+    """
+    return key in _CONDUCT
+
+
+_CONDUCT = frozenset(
     {
-        "image.eval_resize",
-        "train.strategy",
-        "train.tpu.name",
-        "train.tpu.zone",
-        "train.tpu.project",
-        "train.replicas",
         "train.steps_per_loop",
         "train.checkpoints",
         "train.checkpoint_seconds",
         "train.keep_checkpoints",
         "train.log_steps",
+        "train.watch.max_input_share",
+        "train.watch.patience",
     }
 )
+_OPERATIONAL = _CONDUCT | {
+    "image.eval_resize",
+    "train.strategy",
+    "train.tpu.name",
+    "train.tpu.zone",
+    "train.tpu.project",
+    "train.replicas",
+}

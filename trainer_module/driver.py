@@ -139,7 +139,10 @@ class Driver:
                 variable.assign(value)
 
     def compiled_loop(self) -> Callable[[Batches, int], tuple[tf.Tensor, tf.Tensor]]:
-        """Several steps over all replicas as one graph, with nothing for the host to do but to feed them.
+        """Several steps over all replicas as one graph, with nothing for Python to do between them.
+
+        The loop is the host's: TensorFlow's runtime there starts a step on all cores and gives them the next views. The
+        state, and each step's metrics, stay on the cores until the loop is over. Keras does steps_per_execution so.
 
         Returns:
             A function of an iterator of the strategy's batches and of the steps to do, at most `steps_per_loop`. It

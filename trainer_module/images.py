@@ -114,7 +114,7 @@ def eval_resize(image: ImageConfig, augment: AugmentConfig) -> int:
     return image.eval_resize or round(augment.size * 256 / 224)
 
 
-def check_channel_statistics(mean: Sequence[float], variance: Sequence[float]) -> None:
+def check_channel_statistics(mean: Sequence[float], variance: Sequence[float], folder: str) -> None:
     """Refuses statistics that would make every normalised pixel NaN.
 
     It is the one way by which a NaN could reach the encoder: ingestion takes integer formats only, and stored images
@@ -122,6 +122,7 @@ def check_channel_statistics(mean: Sequence[float], variance: Sequence[float]) -
 
     Args:
         mean, variance: per channel, as the Transform graph gives them.
+        folder: of that graph.
 
     Raises:
         UserError: one of them is not a finite number, or a variance is negative.
@@ -129,7 +130,7 @@ def check_channel_statistics(mean: Sequence[float], variance: Sequence[float]) -
     if not (all(map(math.isfinite, (*mean, *variance))) and min(variance) >= 0):
         raise UserError(
             f"the Transform graph's channel statistics are no use: mean {_listed(mean)}, variance {_listed(variance)}; "
-            "delete its folder under the working directory and run again"
+            f"delete {folder} and run again"
         )
 
 

@@ -28,6 +28,7 @@ from trainer_module.key_queue import KeyQueue
 from trainer_module.moco import Metrics, MoCo, State, initial_state, layers_of
 from trainer_module.replica import SingleReplica
 from trainer_module.shuffle import key_encoding
+from trainer_module.strategy import multiply_in_full
 
 __all__ = ["KeyQueue", "MoCoModel", "ShuffledBatchNorm"]
 
@@ -92,13 +93,8 @@ class _FiniteLoss(keras.callbacks.Callback):
     """Refuses to go on where the epoch's average of the loss is not finite, which it stays once one loss is not."""
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
-        loss = float((logs or {}).get("loss", 0.0))
-        if not math.isfinite(loss):
-            rate = float(self.model.optimizer.learning_rate)
-            raise UserError(
-                f"training diverged: after {batch + 1} batches of the epoch the loss is {loss}; look for NaN in the "
-                f"views, lower compile(learning_rate={rate:g}), and go on from weights that were saved before"
-            )
+        del batch
+        _check_loss(self.model, float((logs or {}).get("loss", 0.0)))
 
 
 @keras.saving.register_keras_serializable("moco")
@@ -196,7 +192,9 @@ class MoCoModel(keras.Model):
     ) -> None:
         """Chooses the optimizer's settings; SGD as in the paper is part of the step.
 
-        `model.optimizer` holds the learning rate, so that Keras's callbacks that read or set it do so here.
+        `model.optimizer` holds the learning rate, so that Keras's callbacks that read or set it do so here. As in the
+        trainer, float32 is multiplied as float32 on TPUs and GPUs from here on, by all of this process:
+        tf.config.experimental.enable_tensor_float_32_execution(True) afterwards takes that back.
 
         Args:
             learning_rate: a number, which callbacks may change, or a function of the step, int32[] -> float32[], such
@@ -211,6 +209,7 @@ class MoCoModel(keras.Model):
         """
         _check_compile(learning_rate, kwargs)
         _check_numbers({"sgd_momentum": sgd_momentum, "weight_decay": weight_decay})
+        multiply_in_full()
         schedule = isinstance(learning_rate, keras.optimizers.schedules.LearningRateSchedule)
         held = _OfStep(learning_rate) if callable(learning_rate) and not schedule else learning_rate
         super().compile(optimizer=keras.optimizers.SGD(held), loss=None, **{"jit_compile": False, **kwargs})
@@ -246,6 +245,17 @@ class MoCoModel(keras.Model):
         else:
             callbacks = [stop, *tf.nest.flatten(callbacks or [])]
         return super().fit(**given, callbacks=callbacks)
+
+    def train_on_batch(self, *args: Any, **kwargs: Any) -> Any:
+        """As keras.Model.train_on_batch; gives the averages since `reset_metrics`.
+
+        Raises:
+            UserError: the loss is not finite. The step has spoilt the state by then, see `fit`.
+        """
+        logs = super().train_on_batch(*args, **kwargs)
+        (loss,) = (float(mean.result()) for mean in self._means if mean.name == "loss")
+        _check_loss(self, loss)
+        return logs
 
     def train_step(self, data: Any) -> dict[str, tf.Tensor]:
         """One MoCo step.
@@ -476,6 +486,15 @@ def _check_compile(learning_rate: Any, kwargs: dict[str, Any]) -> None:
     if optimizer or not (number or callable(learning_rate)):
         raise UserError(
             f"compile(learning_rate={learning_rate!r}): neither a number nor a function of the step; e.g. 0.03"
+        )
+
+
+def _check_loss(model: "MoCoModel", loss: float) -> None:
+    if not math.isfinite(loss):
+        step, rate = int(model.state.step.numpy()), float(model.optimizer.learning_rate)
+        raise UserError(
+            f"training diverged: after step {step} the loss is {loss}; look for NaN in the views, "
+            f"lower compile(learning_rate={rate:g}), and go on from weights that were saved before"
         )
 
 

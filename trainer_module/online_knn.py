@@ -99,24 +99,14 @@ def backbone_embedder(
 
     Args:
         strategy: that the variables were made under.
-        encoder: the architecture.
-        query: f_q's parameters, in the order of encoder.model.trainable_variables.
-        query_stats: its BN statistics, in the order of encoder.model.non_trainable_variables.
-        mean, std: per channel, in the units of the pixels.
+        encoder, query, query_stats, mean, std: see `replica_features`.
     """
-    parameters = part_of(query, encoder.model.trainable_variables, encoder.backbone.trainable_variables)
-    stats = part_of(query_stats, encoder.model.non_trainable_variables, encoder.backbone.non_trainable_variables)
+    of_replica = replica_features(encoder, query, query_stats, mean, std)
     share = -(-BATCH // strategy.num_replicas_in_sync)
-
-    def replica_features(views: tf.Tensor) -> tf.Tensor:
-        x = (tf.cast(views, tf.float32) - mean) / std
-        now = [[tf.convert_to_tensor(v) for v in values] for values in (parameters, stats)]
-        features, _ = encoder.backbone.stateless_call(*now, x, training=False)
-        return tf.math.l2_normalize(tf.cast(features, tf.float32), axis=1)
 
     @tf.function
     def features(views: tf.Tensor) -> tuple[tf.Tensor, ...]:
-        return strategy.experimental_local_results(strategy.run(replica_features, args=(views,)))
+        return strategy.experimental_local_results(strategy.run(of_replica, args=(views,)))
 
     def embed(images: NDArray[np.uint8]) -> NDArray[np.float32]:
         rows = share * strategy.num_replicas_in_sync
@@ -131,6 +121,33 @@ def backbone_embedder(
         return np.concatenate(parts)[: len(images)]
 
     return embed
+
+
+def replica_features(
+    encoder: Encoder,
+    query: Sequence[tf.Variable],
+    query_stats: Sequence[tf.Variable],
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+) -> Callable[[tf.Tensor], tf.Tensor]:
+    """What a replica does with its share of the images: uint8[n, H, W, 3] -> unit features, float32[n, D].
+
+    Args:
+        encoder: the architecture.
+        query: f_q's parameters, in the order of encoder.model.trainable_variables.
+        query_stats: its BN statistics, in the order of encoder.model.non_trainable_variables.
+        mean, std: per channel, in the units of the pixels.
+    """
+    parameters = part_of(query, encoder.model.trainable_variables, encoder.backbone.trainable_variables)
+    stats = part_of(query_stats, encoder.model.non_trainable_variables, encoder.backbone.non_trainable_variables)
+
+    def features(views: tf.Tensor) -> tf.Tensor:
+        x = (tf.cast(views, tf.float32) - mean) / std
+        now = [[tf.convert_to_tensor(v) for v in values] for values in (parameters, stats)]
+        pooled, _ = encoder.backbone.stateless_call(*now, x, training=False)
+        return tf.math.l2_normalize(tf.cast(pooled, tf.float32), axis=1)
+
+    return features
 
 
 def _share_of(images: NDArray[np.uint8], share: int, context: tf.distribute.experimental.ValueContext) -> tf.Tensor:

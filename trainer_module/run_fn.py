@@ -12,7 +12,15 @@ import tensorflow_transform as tft
 
 from trainer_module import config_json
 from trainer_module.build import build
-from trainer_module.config import AugmentConfig, EncoderConfig, ImageConfig, KeyBnMode, TrainConfig, is_operational
+from trainer_module.config import (
+    AugmentConfig,
+    EncoderConfig,
+    ImageConfig,
+    KeyBnMode,
+    TrainConfig,
+    is_conduct,
+    is_operational,
+)
 from trainer_module.driver import Driver, learning_rate, train
 from trainer_module.expected import FILE as EXPECTED_FILE
 from trainer_module.expected import host_embedder, write_expected
@@ -57,10 +65,17 @@ class Experiment:
         """The inverse of to_custom_config."""
         return config_json.loads(Experiment, custom_config["experiment"])
 
+    def cache_key(self) -> dict[str, Any]:
+        """What stands for it in a cache key: all but how it is carried out. No custom_config to train by."""
+        settings = {key: value for key, value in self._settings().items() if not is_conduct(key)}
+        return {"settings": json.dumps(settings)}
+
     def identity(self) -> dict[str, Any]:
         """What decides the weights, as far as it is known before the images are: {"train.queue": 65536, …}."""
-        settings = config_json.flatten(self)
-        return {key: settings[key] for key in sorted(settings.keys() - {"checkpoints"}) if not is_operational(key)}
+        return {key: value for key, value in self._settings().items() if not is_operational(key)}
+
+    def _settings(self) -> dict[str, Any]:
+        return {key: value for key, value in sorted(config_json.flatten(self).items()) if key != "checkpoints"}
 
 
 class ChannelStatistics(NamedTuple):
@@ -85,7 +100,7 @@ def run_fn(fn_args: Any) -> None:
     experiment = Experiment.from_custom_config(fn_args.custom_config)
     config = experiment.train
     transform = tft.TFTransformOutput(fn_args.transform_output).transform_features_layer()
-    statistics = channel_statistics(transform)
+    statistics = channel_statistics(transform, fn_args.transform_output)
     split_dir = posixpath.dirname(fn_args.train_files[0])
     source = open_source(split_dir, experiment.augment)
     steps = steps_per_epoch(source, config.global_batch)
@@ -133,12 +148,12 @@ def run_fn(fn_args: Any) -> None:
     _write_result(result, strategy, config.epochs, fn_args.model_run_dir)
 
 
-def channel_statistics(transform: Any) -> ChannelStatistics:
-    """Reads the analyzers' constants out of a Transform graph by running it on one grey pixel."""
+def channel_statistics(transform: Any, folder: str) -> ChannelStatistics:
+    """Reads the analyzers' constants out of a Transform graph, whose folder is given, too, by one grey pixel."""
     pixel = tf.io.encode_png(tf.fill([1, 1, 3], tf.constant(128, tf.uint8)))
     out = transform({ENCODED: tf.reshape(pixel, [1, 1])})
     mean, variance = (tf.reshape(out[name], [-1])[:3].numpy() for name in ("channel_mean", "channel_variance"))
-    check_channel_statistics(mean, variance)
+    check_channel_statistics(mean, variance, folder)
     # A channel that never varies would divide by zero.
     return ChannelStatistics(tuple(map(float, mean)), tuple(max(float(v) ** 0.5, 1.0) for v in variance))
 

@@ -1,6 +1,6 @@
 """What is watched while a model trains: figures of each interval, online kNN, alarms, progress.
 
-The driver calls `Watch.see` after each of its on-device loops. A tensor's value is asked for at the end of an interval
+The driver calls `Watch.see` after each of its compiled loops. A tensor's value is asked for at the end of an interval
 only, for that waits for the device.
 """
 
@@ -160,7 +160,7 @@ class Watch:
         self._figures: dict[str, float] = {}
 
     def see(self, done: int, metrics: Metrics, waited: tf.Tensor | float = math.nan) -> None:
-        """Takes note of what one on-device loop did.
+        """Takes note of what one compiled loop did.
 
         Args:
             done: steps done after it.

@@ -1,8 +1,10 @@
 """What each key-BN mode does on the sample images: pretext top-1 and kNN over time, as a table and a picture (R = 8).
 
 Without shuffling, a query and its positive are normalised with the same images, whose statistics betray the positive:
-pretext accuracy rises and kNN does not follow. Takes more than an hour; the modes that are finished are kept in --out,
-and the same command goes on from there.
+pretext accuracy rises and kNN does not follow. Takes more than an hour; the curves that are finished are kept in --out,
+and the same command goes on from there. Of the curves that BUILD_NOTES.md shows it makes table and picture anew:
+
+    ./moco bench leak --out pipeline/bench/measured/leak
 """
 
 import dataclasses
@@ -10,7 +12,7 @@ import hashlib
 import io
 import json
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -80,6 +82,21 @@ class Point(NamedTuple):
     knn_top1: float
 
 
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One line of the table.
+
+    Attributes:
+        name: in the table and the picture.
+        mode: of train.key_bn.
+        shuffled: False leaves keys with their queries; `split` then is `none` on as many replicas.
+    """
+
+    name: str
+    mode: KeyBnMode
+    shuffled: bool = True
+
+
 def measure(out: str | None = None) -> Mapping[str, float]:
     """Trains every mode with every seed.
 
@@ -89,23 +106,35 @@ def measure(out: str | None = None) -> Mapping[str, float]:
     Returns:
         For each mode pretext top-1 of the last epoch and kNN top-1 at the end, mean and spread over the seeds.
     """
+    return compare([Run(mode, KeyBnMode[mode]) for mode in MODES], Scale(), out)
+
+
+def compare(runs: Sequence[Run], scale: Scale, out: str | None) -> Mapping[str, float]:
+    """Trains what is not in the folder yet, draws, and returns the table; see `measure`."""
     from pipeline import console
+
+    folder = Path(out or tempfile.mkdtemp(prefix="moco-leak-"))
+    folder.mkdir(parents=True, exist_ok=True)
+    curves = load(folder / "curves.json", scale)
+    unfinished = [run for run in runs if len(curves.get(run.name, [])) < len(SEEDS)]
+    if unfinished:
+        _train(unfinished, scale, curves, folder / "curves.json")
+    in_order = {run.name: curves[run.name] for run in runs}
+    draw(in_order, folder / "leak.png")
+    console.line(f"curves and picture: {folder}")
+    return table(in_order)
+
+
+def _train(runs: Sequence[Run], scale: Scale, curves: dict[str, list[list[Point]]], kept: Path) -> None:
     from trainer_module.strategy import prepare_devices
 
     prepare_devices(REPLICAS)  # making the views starts TensorFlow, and later it is too late
-    folder = Path(out or tempfile.mkdtemp(prefix="moco-leak-"))
-    folder.mkdir(parents=True, exist_ok=True)
-    scale = Scale()
-    curves = load(folder / "curves.json", scale)
     data = make_data(scale)
-    for mode in MODES:
-        if mode not in curves:
-            curves[mode] = train_mode(KeyBnMode[mode], scale, data)
-            save(folder / "curves.json", scale, curves)
-    in_order_of_modes = {mode: curves[mode] for mode in MODES}
-    draw(in_order_of_modes, folder / "leak.png")
-    console.line(f"curves and picture: {folder}")
-    return table(in_order_of_modes)
+    for run in runs:
+        done = curves.setdefault(run.name, [])
+        for curve in train(run, scale, data, SEEDS[len(done) :]):
+            done.append(curve)
+            save(kept, scale, curves)
 
 
 def make_data(scale: Scale) -> Data:
@@ -149,22 +178,22 @@ def make_data(scale: Scale) -> Data:
     return Data(views, centre(images[True]), np.array(labels[True]), centre(images[False]), np.array(labels[False]))
 
 
-def train_mode(mode: KeyBnMode, scale: Scale, data: Data, *, shuffled: bool = True) -> list[list[Point]]:
+def train(run: Run, scale: Scale, data: Data, seeds: Sequence[int] = SEEDS) -> Iterator[list[Point]]:
     """Trains one mode with each seed.
 
     `split` trains on one device with as many groups as the others have replicas; `sync` on one, too, where it is plain
     normalisation of the global batch, since as many sums as it needs take half an hour to trace for logical devices.
 
     A seed decides the weights, the queue and the order of the images. The loop is compiled once for all of them, and so
-    the permutations are those of the first.
+    the permutations are those of the first of SEEDS.
 
     Args:
-        mode: of train.key_bn.
+        run: the mode.
         scale: of the experiment.
         data: images and views.
-        shuffled: False leaves keys with their queries; `split` then is `none` on as many replicas.
+        seeds: of SEEDS, those to be trained.
 
-    Returns:
+    Yields:
         A curve for each seed.
     """
     from trainer_module.build import build, first_state
@@ -173,27 +202,29 @@ def train_mode(mode: KeyBnMode, scale: Scale, data: Data, *, shuffled: bool = Tr
     from trainer_module.strategy import make_strategy
 
     config = TrainConfig(
-        replicas=1 if mode in (KeyBnMode.split, KeyBnMode.sync) else REPLICAS,
+        replicas=1 if run.mode in (KeyBnMode.split, KeyBnMode.sync) else REPLICAS,
         global_batch=scale.batch,
         epochs=scale.epochs,
         queue=scale.queue,
         momentum=scale.momentum,
         temperature=scale.temperature,
         learning_rate=scale.learning_rate,
-        key_bn=KeyBnConfig(mode, groups=REPLICAS),
+        key_bn=KeyBnConfig(run.mode, groups=REPLICAS),
     )
     encoder_config = EncoderConfig("resnet18", Stem.imagenet, scale.width, Head.v2, 64)
     steps = data.views.shape[1] // scale.batch
     mean, std = (tuple(map(float, f(data.bank, axis=(0, 1, 2)))) for f in (np.mean, np.std))
-    builds = [
-        build(encoder_config, config, scale.size, mean, std, learning_rate(config, steps), seed) for seed in SEEDS
-    ]
-    moco = builds[0].moco if shuffled else dataclasses.replace(builds[0].moco, encode_keys=in_order)
+    builds = {
+        seed: build(encoder_config, config, scale.size, mean, std, learning_rate(config, steps), seed)
+        for seed in {SEEDS[0], *seeds}
+    }
+    first = builds[SEEDS[0]].moco
+    moco = first if run.shuffled else dataclasses.replace(first, encode_keys=in_order)
     strategy = make_strategy(config.replicas)
     driver = Driver(moco, config, strategy)
     step = driver.compiled_step()
-    curves = []
-    for seed, built in zip(SEEDS, builds, strict=True):
+    for seed in seeds:
+        built = builds[seed]
         driver.restore({name: np.asarray(tensor) for name, tensor in named(first_state(built.moco, config)).items()})
         batches = iter(strategy.experimental_distribute_dataset(_batches(data, seed, scale)))
         points = []
@@ -204,9 +235,8 @@ def train_mode(mode: KeyBnMode, scale: Scale, data: Data, *, shuffled: bool = Tr
                 top1, loss = (float(np.mean([float(getattr(m, n)) for m in metrics])) for n in ("pretext_top1", "loss"))
                 points.append(Point(epoch, top1, loss, _knn(built.encoder.backbone, data, mean, std)))
             figures = {"pretext": points[-1].pretext_top1, "knn": points[-1].knn_top1}
-            progress.report(f"{mode.name}, seed {seed}", epoch, scale.epochs, "epochs", **figures)
-        curves.append(points)
-    return curves
+            progress.report(f"{run.name}, seed {seed}", epoch, scale.epochs, "epochs", **figures)
+        yield points
 
 
 def _batches(data: Data, seed: int, scale: Scale) -> Any:
@@ -278,7 +308,7 @@ def load(path: Path, scale: Scale) -> dict[str, list[list[Point]]]:
 
 
 def save(path: Path, scale: Scale, curves: Mapping[str, list[list[Point]]]) -> None:
-    """Writes the curves of the modes that are finished, whole or not at all."""
+    """Writes the curves that are finished, whole or not at all."""
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps({"scale": dataclasses.asdict(scale), "curves": curves}, indent=1), encoding="utf-8")
+    temporary.write_text(json.dumps({"scale": dataclasses.asdict(scale), "curves": curves}), encoding="utf-8")
     temporary.replace(path)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from pipeline import config as configuration
 from pipeline.config import CHOICES, RANGES, Config, flatten, load, preset_names, to_yaml, validate
-from trainer_module.config import Head, RecipeOrder, Schedule, Stem, Where, is_operational
+from trainer_module.config import Head, RecipeOrder, Schedule, Stem, Where, is_conduct, is_operational
 from trainer_module.errors import UserError
 
 DEFAULTS = configuration._schema()
@@ -290,6 +290,15 @@ def test_settings_that_may_change_between_two_starts_are_settings():
     may = {key for key in flatten(load("moco_v2")) if is_operational(key)}
     assert {"train.replicas", "train.log_steps", "train.tpu.zone", "train.watch.sample.bank"} <= may
     assert not {"seed", "train.queue", "train.key_bn.mode", "augment.size", "encoder.width"} & may
+
+
+def test_only_what_neither_trains_nor_judges_is_left_out_of_the_trainer_s_cache_key():
+    out = {key for key in flatten(load("moco_v2")) if is_conduct(key)}
+    assert out == {
+        *(f"train.{name}" for name in ("steps_per_loop", "checkpoints", "checkpoint_seconds", "keep_checkpoints")),
+        *(f"train.{name}" for name in ("log_steps", "watch.max_input_share", "watch.patience")),
+    }
+    assert all(is_operational(key) for key in out)
 
 
 def test_logical_cpu_devices_do_not_matter_where_a_tpu_has_cores_of_its_own():

@@ -55,9 +55,21 @@ def model_calls(monkeypatch) -> list[bytes]:
     return seen
 
 
-@pytest.mark.parametrize("name", ["out.parquet", "out.npz"])
+# The command with shards that are soon finished.
+SMALL_SHARDS = """
+import functools, sys
+from pipeline import cli, embed
+embed.embed = functools.partial(embed.embed, shard_rows=2)
+sys.exit(cli.main(["embed", "--model", sys.argv[1], "--images", sys.argv[2], "--out", sys.argv[3], "--batch", "2"]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "sent", "code"),
+    [("out.parquet", signal.SIGKILL, -signal.SIGKILL), ("out.npz", signal.SIGTERM, cli.INTERRUPTED)],
+)
 def test_a_run_that_was_killed_goes_on_and_ends_with_the_bytes_of_an_unbroken_one(
-    tmp_path, pushed, sample_images, name, model_calls
+    tmp_path, pushed, sample_images, name, sent, code, model_calls
 ):
     source = tmp_path / "source"
     source.mkdir()
@@ -66,13 +78,17 @@ def test_a_run_that_was_killed_goes_on_and_ends_with_the_bytes_of_an_unbroken_on
         (source / f"{number:04}.png").write_bytes(data)
     out, work = tmp_path / name, tmp_path / f".{name}.parts"
     out.write_text("the old one")
-    script = "import sys; from pipeline.embed import embed; embed(*sys.argv[1:4], batch=2, shard_rows=2)"
-    arguments = [sys.executable, "-c", script, str(pushed), str(source), str(out)]
-    with subprocess.Popen(arguments, cwd=ROOT, start_new_session=True) as process:
+    arguments = [sys.executable, "-c", SMALL_SHARDS, str(pushed), str(source), str(out)]
+    with subprocess.Popen(arguments, cwd=ROOT, start_new_session=True, stderr=subprocess.PIPE, text=True) as process:
         while len(list(work.glob("part-*"))) < 5:
             assert process.poll() is None, "it was too quick to be killed"
             time.sleep(0.005)
-        os.killpg(process.pid, signal.SIGKILL)
+        os.killpg(process.pid, sent)
+        said = process.communicate(timeout=60)[1]
+    assert process.returncode == code
+    if sent == signal.SIGTERM:
+        assert said.splitlines()[-1] == "moco: interrupted; the same command continues"
+        assert "Traceback" not in said
     assert out.read_text() == "the old one"
     finished = list(work.glob("part-*"))
     summary = embed(str(pushed), str(source), str(out), batch=2, shard_rows=2)

@@ -250,9 +250,12 @@ def test_the_pushed_encoder_is_the_one_that_was_checked_with_its_warm_up(first, 
     assert not (model / "assets.extra" / "tf_serving_warmup_requests").exists()
 
 
-def test_a_second_run_takes_everything_from_the_cache_and_says_so(first, images, workdir, capsys):
+def test_a_second_run_takes_everything_from_the_cache_and_says_so_whatever_changed_in_how_it_trains(
+    first, images, workdir, capsys
+):
     before = result_of(workdir)
-    assert local.run(settings(), str(images), workdir) == 0
+    conduct = settings("train.log_steps=7", "train.checkpoint_seconds=9", f"train.checkpoints={workdir / 'elsewhere'}")
+    assert local.run(conduct, str(images), workdir) == 0
     result = result_of(workdir)
     assert set(result["cached"]) == COMPONENTS
     assert result["pushed_model"] == before["pushed_model"]

@@ -4,25 +4,22 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from torch_reference import layout
 
 from trainer_module.batch_norm import FusedBatchNormalization
 from trainer_module.config import EncoderConfig, Head, Precision, Stem
 from trainer_module.encoder import build_encoder
-
-# Trainable parameters of torchvision's models without their last layer.
-TORCHVISION_PARAMETERS = {
-    "resnet18": 11_176_512,
-    "resnet34": 21_284_672,
-    "resnet50": 23_508_032,
-    "resnet101": 42_500_160,
-}
+from trainer_module.torch_weights import torch_tensors
 
 
-@pytest.mark.parametrize("name", TORCHVISION_PARAMETERS)
-def test_backbone_has_as_many_parameters_as_torchvisions(name):
-    encoder = build_encoder(EncoderConfig(name), 64, Precision.float32, 0)
-    assert sum(int(np.prod(v.shape)) for v in encoder.backbone.trainable_variables) == TORCHVISION_PARAMETERS[name]
-    assert encoder.backbone.output_shape == (None, 2048 if name in ("resnet50", "resnet101") else 512)
+@pytest.mark.parametrize("name", layout.PARAMETERS)
+def test_backbone_has_torchvisions_tensors_by_name_and_shape(name):
+    with keras.StatelessScope(initialize_variables=False):  # whose variables have shapes and never get values
+        backbone = build_encoder(EncoderConfig(name), 64, Precision.float32, 0).backbone
+    ours = torch_tensors((v.path, np.empty(v.shape, np.uint8)) for v in backbone.variables)
+    assert {path: tensor.shape for path, tensor in ours.items()} == layout.shapes(name)
+    assert sum(int(np.prod(v.shape)) for v in backbone.trainable_variables) == layout.PARAMETERS[name]
+    assert backbone.output_shape == (None, 2048 if name in ("resnet50", "resnet101") else 512)
 
 
 @pytest.mark.parametrize(("head", "layers"), [(Head.v1, ["fc"]), (Head.v2, ["fc.0", "fc.1", "fc.2"])])

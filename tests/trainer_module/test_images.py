@@ -205,7 +205,8 @@ def test_the_code_runs_in_tf_data_and_in_an_exported_graph(pictures: list[Image.
     ],
 )
 def test_channel_statistics_that_would_make_pixels_nan_are_refused_in_one_line(mean, variance):
-    images.check_channel_statistics((120.5, 99.0, 80.0), (0.0, 10.0, 3000.0))
-    with pytest.raises(UserError, match=r"channel statistics are no use: mean .*, variance .*; delete") as caught:
-        images.check_channel_statistics(mean, variance)
+    images.check_channel_statistics((120.5, 99.0, 80.0), (0.0, 10.0, 3000.0), "run/graph/4")
+    words = r"channel statistics are no use: mean .*, variance .*; delete run/graph/4 and run again$"
+    with pytest.raises(UserError, match=words) as caught:
+        images.check_channel_statistics(mean, variance, "run/graph/4")
     assert "\n" not in str(caught.value)

@@ -352,21 +352,40 @@ def test_what_would_silently_leak_or_fail_later_is_refused_at_once(make, message
     refused(make, message)
 
 
+def without_numbers(query, key):
+    return np.nan * tf.cast(query, tf.float32), tf.cast(key, tf.float32)
+
+
 @pytest.mark.parametrize("given", ["none", "list", "positional", "CallbackList"])
 def test_fit_stops_in_one_line_at_a_loss_that_is_not_finite_before_another_callback_saves_it(given, pairs, tmp_path):
     model, saved = compiled(), tmp_path / "m.weights.h5"
     save = keras.callbacks.ModelCheckpoint(saved, save_weights_only=True, save_freq=1)
-    nan = pairs.map(lambda query, key: (np.nan * tf.cast(query, tf.float32), tf.cast(key, tf.float32)))
+    nan = pairs.map(without_numbers)
     args, kwargs = {
         "none": ((), {}),
         "list": ((), {"callbacks": [save]}),
         "positional": ((None, None, 1, 0, [save]), {}),
         "CallbackList": ((), {"callbacks": keras.callbacks.CallbackList([save], model=model, epochs=1, steps=2)}),
     }[given]
-    refused(
-        lambda: model.fit(nan, *args, **({} if args else {"verbose": 0}), **kwargs), "after 1 batches .* loss is nan"
-    )
+    refused(lambda: model.fit(nan, *args, **({} if args else {"verbose": 0}), **kwargs), "after step 1 the loss is nan")
     assert not saved.exists()
+
+
+@pytest.mark.parametrize("return_dict", [False, True])
+def test_a_batch_by_itself_whose_loss_is_not_finite_is_refused_in_one_line_too(return_dict, pairs):
+    model = compiled()
+    batch = next(iter(pairs))
+    logs = model.train_on_batch(*batch, return_dict=return_dict)
+    assert np.isfinite(logs["loss"] if return_dict else logs).all()
+    refused(
+        lambda: model.train_on_batch(*without_numbers(*batch), return_dict=return_dict), "after step 2 the loss is nan"
+    )
+
+
+def test_float32_is_multiplied_as_float32_as_in_the_trainer():
+    tf.config.experimental.enable_tensor_float_32_execution(True)
+    compiled()
+    assert not tf.config.experimental.tensor_float_32_execution_enabled()
 
 
 def test_batches_that_do_not_fit_are_refused_in_one_line(pairs):

@@ -7,7 +7,7 @@ import logging
 import numpy as np
 import pytest
 import tensorflow as tf
-from torch_reference import make
+from torch_reference import layout, make
 
 from trainer_module import torch_weights
 from trainer_module.config import EncoderConfig, Head, Precision, Stem
@@ -68,8 +68,10 @@ def both(request, tmp_path_factory):
 
 
 def test_names_are_those_of_pytorchs_state_dict(both):
-    _, reference, shapes = both
+    encoder, reference, shapes = both
     assert set(shapes) == set(reference["names"])
+    name = "resnet18" if encoder.backbone.output_shape[-1] == 512 else "resnet50"
+    assert set(layout.shapes(name)) == {name for name in reference["names"] if not name.startswith("fc.")}
 
 
 def test_features_and_statistics_are_pytorchs_in_inference_and_training(both):

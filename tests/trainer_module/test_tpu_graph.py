@@ -18,9 +18,10 @@ from trainer_module.build import build, first_state
 from trainer_module.config import EncoderConfig, Head, KeyBnConfig, KeyBnMode, Precision, TrainConfig
 from trainer_module.driver import Driver
 from trainer_module.moco import Metrics
+from trainer_module.online_knn import replica_features
 from trainer_module.replica import pairs
 
-CORES, BATCH, QUEUE, SIDE = 8, 64, 128, 8
+CORES, BATCH, QUEUE, SIDE, MEAN, STD = 8, 64, 128, 8, (110.0,) * 3, (60.0,) * 3
 # `auto` is another one's program, `none` that of `sync` with less in it. Two of them as a TPU likes it best.
 MODES = [mode for mode in KeyBnMode if mode not in (KeyBnMode.auto, KeyBnMode.none)]
 HALF = (KeyBnMode.all_to_all, KeyBnMode.stored)
@@ -103,9 +104,8 @@ def mode(request):
     return request.param
 
 
-@pytest.fixture(scope="module")
-def program(mode):
-    """The driver's compiled loop as a GraphDef, with its functions."""
+def started(mode):
+    """The networks, what a driver is made of, and its state as arrays."""
     precision = Precision.bfloat16 if mode in HALF else Precision.float32
     config = TrainConfig(
         global_batch=BATCH,
@@ -114,8 +114,14 @@ def program(mode):
         queue_precision=precision,
         key_bn=KeyBnConfig(mode, groups=2, ring=2),
     )
-    moco = build(ENCODER, config, SIDE, (110.0,) * 3, (60.0,) * 3, falling_rate, 0).moco
-    state = tf.nest.map_structure(lambda t: t.numpy(), first_state(moco, config))
+    encoder, moco = build(ENCODER, config, SIDE, MEAN, STD, falling_rate, 0)
+    return encoder, moco, config, tf.nest.map_structure(lambda t: t.numpy(), first_state(moco, config))
+
+
+@pytest.fixture(scope="module")
+def program(mode):
+    """The driver's compiled loop as a GraphDef, with its functions."""
+    _, moco, config, state = started(mode)
 
     def dataset_from(pipeline):
         views = np.zeros([BATCH // pipeline.num_replicas_in_sync, SIDE, SIDE, 3], np.uint8)
@@ -140,12 +146,16 @@ def body(program):
     return nodes
 
 
+def of_cores(nodes):
+    return [node for node in nodes if "_tpu_replicate" in node.attr or node.op == "TPUReplicateMetadata"]
+
+
 @pytest.fixture(scope="module")
 def cores_program(body):
-    return [node for node in body if "_tpu_replicate" in node.attr or node.op == "TPUReplicateMetadata"]
+    return of_cores(body)
 
 
-def test_the_steps_are_a_loop_around_one_program_for_all_cores(program, body):
+def test_the_steps_are_a_loop_of_the_host_around_one_program_for_all_cores(program, body):
     loops = [n for f in program.library.function for n in f.node_def if n.op in ("While", "StatelessWhile")]
     assert len(loops) == 1
     (metadata,) = [n for n in body if n.op == "TPUReplicateMetadata"]
@@ -179,8 +189,31 @@ def test_images_move_by_the_mode_s_own_collectives_and_all_else_is_sums_over_all
 
 
 def test_every_operation_of_the_cores_can_be_compiled(cores_program):
+    check_compiled(cores_program)
+
+
+@pytest.mark.parametrize("mode", [KeyBnMode.cross_replica_sum, KeyBnMode.stored], ids=lambda mode: mode.name)
+def test_what_else_a_training_asks_of_the_cores_can_be_compiled(mode):
+    """The comparison of the replicas before each checkpoint, and the features for the online kNN."""
+    encoder, moco, config, state = started(mode)
+    with tf.Graph().as_default():
+        strategy = described_strategy()
+        driver = Driver(moco, config, strategy, state)
+        features = replica_features(encoder, *driver.query, MEAN, STD)
+        images = tf.TensorSpec([4, SIDE, SIDE, 3], tf.uint8)
+        embed = tf.function(lambda x: strategy.experimental_local_results(strategy.run(features, args=(x,))))
+        compare = tf.function(lambda: strategy.experimental_local_results(driver._digests()))
+        traced = [embed.get_concrete_function(images), compare.get_concrete_function()]
+    shapes = [4, encoder.backbone.output_shape[-1]], [len(tf.nest.flatten(state))]
+    for function, shape in zip(traced, shapes, strict=True):
+        assert [t.shape.as_list() for t in function.structured_outputs] == [shape] * CORES
+        check_compiled(of_cores(function.graph.as_graph_def().node))
+
+
+def check_compiled(nodes):
     tf.function(lambda x: x + 1, jit_compile=True)(tf.zeros([]))  # until then XLA's kernels are not listed
-    used = {n.op for n in cores_program} - FRAME - ONLY_FOR_TPUS
+    used = {n.op for n in nodes} - FRAME - ONLY_FOR_TPUS
+    assert used
     compiled = {
         op for op in used if any("XLA" in k.device_type for k in kernels.get_registered_kernels_for_op(op).kernel)
     }

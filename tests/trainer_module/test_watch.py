@@ -35,7 +35,7 @@ def of_step(step: float, **changes: float) -> Metrics:
 
 
 def of_steps(steps: range) -> Metrics:
-    """What an on-device loop of several steps gives."""
+    """What a compiled loop of several steps gives."""
     return tf.nest.map_structure(lambda *v: tf.stack(v), *(of_step(step) for step in steps))
 
 
@@ -271,7 +271,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_at_the_end_of_its_interval(tmp_
     assert [line["step"] for line in lines(tmp_path)] == [4]
 
 
-def test_the_first_bad_step_within_an_on_device_loop_is_named(tmp_path: Path):
+def test_the_first_bad_step_within_a_compiled_loop_is_named(tmp_path: Path):
     metrics = of_steps(range(1, 13))
     losses = np.where(np.arange(12) >= 9, np.inf, 3.0).astype(np.float32)
     with pytest.raises(UserError, match="loss at step 10 is inf"):

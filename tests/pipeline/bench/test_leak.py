@@ -1,10 +1,12 @@
 """The leak experiment on a tiny scale: real trainings, a real table and picture."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.bench import leak
+from pipeline.bench import leak, leak_longer
 from trainer_module.config import KeyBnMode
 
 SCALE = leak.Scale(width=2, batch=16, queue=32, epochs=2, pairs=1, every=1)
@@ -17,7 +19,8 @@ def curves():
     colours = np.array([(30, 30, 200), (200, 160, 30)])[labels]
     images = (draw.integers(0, 50, (32, 32, 32, 3)) + colours[:, None, None]).astype(np.uint8)
     views = np.stack([images, images[:, ::-1]], 1)[None]
-    return leak.train_mode(KeyBnMode.split, SCALE, leak.Data(views, images, labels, images, labels))
+    data = leak.Data(views, images, labels, images, labels)
+    return list(leak.train(leak.Run("split", KeyBnMode.split), SCALE, data))
 
 
 def test_every_seed_gives_a_curve_of_its_own_from_the_first_epoch_to_the_last(curves):
@@ -47,3 +50,12 @@ def test_the_table_has_means_and_half_ranges_and_the_picture_can_be_opened(curve
     leak.draw(all_modes, tmp_path / "leak.png")
     with Image.open(tmp_path / "leak.png") as picture:
         assert min(picture.size) > 300
+
+
+@pytest.mark.parametrize("bench", [leak, leak_longer])
+def test_the_curves_beside_the_pictures_of_the_notes_are_whole_so_nothing_is_trained_to_draw_them(bench, tmp_path):
+    measured = Path(leak.__file__).parent / "measured" / bench.__name__.rpartition(".")[2] / "curves.json"
+    (tmp_path / "curves.json").write_bytes(measured.read_bytes())
+    figures = bench.measure(str(tmp_path))
+    assert 0 < figures["cross_replica_sum_pretext_top1"] < figures["none_pretext_top1"]
+    assert (tmp_path / "leak.png").exists()
