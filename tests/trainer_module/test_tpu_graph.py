@@ -201,9 +201,14 @@ def test_what_else_a_training_asks_of_the_cores_can_be_compiled(mode):
         driver = Driver(moco, config, strategy, state)
         features = replica_features(encoder, *driver.query, MEAN, STD)
         images = tf.TensorSpec([4, SIDE, SIDE, 3], tf.uint8)
-        embed = tf.function(lambda x: strategy.experimental_local_results(strategy.run(features, args=(x,))))
-        compare = tf.function(lambda: strategy.experimental_local_results(driver._digests()))
-        traced = [embed.get_concrete_function(images), compare.get_concrete_function()]
+
+        def embed(x):
+            return strategy.experimental_local_results(strategy.run(features, args=(x,)))
+
+        def compare():
+            return strategy.experimental_local_results(driver._digests_of_replicas())
+
+        traced = [tf.function(embed).get_concrete_function(images), tf.function(compare).get_concrete_function()]
     shapes = [4, encoder.backbone.output_shape[-1]], [len(tf.nest.flatten(state))]
     for function, shape in zip(traced, shapes, strict=True):
         assert [t.shape.as_list() for t in function.structured_outputs] == [shape] * CORES
