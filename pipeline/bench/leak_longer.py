@@ -1,7 +1,7 @@
 """The leak experiment twice as long: `none`, `split`, and the default mode `cross_replica_sum` on 8 replicas.
 
 `none` and `split` train on one device with 8 groups, which are 8 replicas to rounding, as a test of
-trainer_module.shuffle shows, and much faster. Takes an hour; goes on and draws as `leak` does:
+trainer_module.shuffle shows, and faster. Takes forty minutes; goes on and draws as `leak` does:
 
     ./moco bench leak_longer --out pipeline/bench/measured/leak_longer
 """
