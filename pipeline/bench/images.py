@@ -1,0 +1,163 @@
+"""Both images without docker: the linter's findings, and each step of their Dockerfiles in a root made by debootstrap.
+
+Ends with the smoke test of each, as the image's own user and with no network. Needs root, debootstrap, 10 GB and ten
+minutes. BUILD_NOTES.md says what stands for the base images.
+"""
+
+import dataclasses
+import functools
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pipeline import console
+from pipeline.bench._layers import Builder, Done, Image, mib
+from pipeline.side_env import IMAGES, ROOT
+from pipeline.worker import Worker
+from trainer_module.errors import UserError
+
+_PROGRAM = Path(__file__).with_name("_dockerfile.py")
+_DOCKERFILES = ROOT / "pipeline" / "cloud" / "images"
+_PYTHON, _BEAM = "python:3.10-slim-bookworm", "apache/beam_python3.10_sdk:2.65.0"
+_WIDTH = 76
+
+
+@dataclasses.dataclass(frozen=True)
+class _Built:
+    image: Image
+    figures: Mapping[str, float]
+
+
+def measure(out: str | None = None) -> Mapping[str, float]:
+    """Builds the CPU image, and the TPU image from it, and starts the smoke test in each.
+
+    Args:
+        out: folder that keeps the images, so that one that is there is not built again; None to keep nothing.
+
+    Returns:
+        Of each image: seconds, size, size of each layer on top of the base image, steps that were left out since their
+        host cannot be reached, and how much the smoke test misses.
+
+    Raises:
+        UserError: this machine cannot do it.
+        RuntimeError: the linter has a finding, a step fails, or the smoke test misses more than what was left out.
+    """
+    if os.geteuid() or not shutil.which("debootstrap"):
+        raise UserError("the benchmark images needs root and debootstrap: sudo apt-get install debootstrap")
+    if out:
+        Path(out).mkdir(parents=True, exist_ok=True)
+        return _build(Path(out).absolute())
+    with tempfile.TemporaryDirectory() as folder:
+        return _build(Path(folder))
+
+
+def _build(folder: Path) -> Mapping[str, float]:
+    builder = Builder(folder)
+    python = _once(folder, "base", lambda: _base(builder))
+    images = {_PYTHON: python.image, _BEAM: builder.beam_image(python.image)}
+    figures = dict(python.figures)
+    with Worker([IMAGES.python(), "-s", _PROGRAM]) as reader:
+        for name in ("cpu", "tpu"):
+            built = _once(folder, name, functools.partial(_image, name, builder, reader, images, folder))
+            images[f"moco:{name}"] = built.image
+            figures |= {f"{name}_{figure}": value for figure, value in built.figures.items()}
+    return figures
+
+
+def _once(folder: Path, name: str, make: Callable[[], _Built]) -> _Built:
+    """What was made, or was made before."""
+    record = folder / f"{name}.json"
+    if record.is_file():
+        told = json.loads(record.read_text())
+        return _Built(Image(tuple(map(Path, told["layers"])), told["environment"]), told["figures"])
+    built = make()
+    layers = [*map(str, built.image.layers)]
+    record.write_text(json.dumps({"layers": layers, "environment": built.image.environment, "figures": built.figures}))
+    return built
+
+
+def _base(builder: Builder) -> _Built:
+    started = time.monotonic()
+    image = builder.python_image()
+    return _Built(image, {"base_seconds": time.monotonic() - started, "base_mib": sum(map(mib, image.layers))})
+
+
+def _image(name: str, builder: Builder, reader: Worker, images: Mapping[str, Image], folder: Path) -> _Built:
+    started = time.monotonic()
+    read = _read(reader, name, images)
+    if read["lint"]:
+        raise RuntimeError(f"hadolint finds in {name}.Dockerfile: {'; '.join(read['lint'])}")
+    context = _context(folder / f"{name}-context", read["context"])
+    known, done = dict(images), list[Done]()
+    for stage in read["stages"]:
+        image, done_here = _stage(name, builder, stage, known, context)
+        known[stage["name"]] = image
+        done += done_here
+    for stage in read["stages"][:-1]:
+        builder.remove(known[stage["name"]], (image, *images.values()))
+    sizes = {f"layer_{at}_mib": step.mib for at, step in enumerate(done_here, start=1)}
+    seconds = time.monotonic() - started
+    left_out = sum(bool(step.left_out) for step in done)
+    missed = _smoke(name, builder, stage, image)
+    if missed > left_out:
+        raise RuntimeError(f"the smoke test of {name} misses {missed}, and {left_out} steps were left out")
+    figures = {"seconds": seconds, "mib": sum(sizes.values()), **sizes, "left_out": left_out, "smoke_misses": missed}
+    return _Built(image, figures)
+
+
+def _read(reader: Worker, name: str, images: Mapping[str, Image]) -> dict[str, Any]:
+    environments = {image: made.environment for image, made in images.items()}
+    path = _DOCKERFILES / f"{name}.Dockerfile"
+    question = {"dockerfile": str(path), "context": str(ROOT), "arguments": {}, "bases": environments}
+    return dict(reader.ask(json.dumps(question)))
+
+
+def _context(folder: Path, paths: Sequence[str]) -> Path:
+    """A copy of what .dockerignore leaves."""
+    for path in paths:
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / path, folder / path)
+    return folder
+
+
+def _stage(
+    name: str, builder: Builder, stage: Mapping[str, Any], images: Mapping[str, Image], context: Path
+) -> tuple[Image, list[Done]]:
+    image, done = images[stage["base"]], list[Done]()
+    for step in stage["steps"]:
+        one = _step(builder, image, step, images, context)
+        outcome = f"left out: no {one.left_out} here" if one.left_out else f"{one.seconds:6.1f} s {one.mib:8.1f} MiB"
+        console.line(f"{name}  {_words(step)[:_WIDTH]:<{_WIDTH}}  {outcome}")
+        image = Image((*image.layers, one.layer), image.environment)
+        done.append(one)
+    return Image(image.layers, stage["environment"]), done
+
+
+def _step(builder: Builder, image: Image, step: Mapping[str, Any], images: Mapping[str, Image], context: Path) -> Done:
+    if step["do"] == "copy":
+        return builder.copy(image, images[step["from"]] if step["from"] else context, step["source"], step["target"])
+    return builder.run(image, step["command"], step["environment"], step["user"], step["folder"])
+
+
+def _words(step: Mapping[str, Any]) -> str:
+    if step["do"] == "copy":
+        return f"COPY {step['from']} {step['source']} {step['target']}"
+    return " ".join(f"RUN {step['command']}".split())
+
+
+def _smoke(name: str, builder: Builder, stage: Mapping[str, Any], image: Image) -> int:
+    """How many things the smoke test misses; it prints each that it looks at."""
+    command = f"python -m pipeline.cloud.smoke {name} || test $? = 1"
+    done = builder.run(image, command, stage["environment"], stage["user"], stage["folder"], online=False)
+    lines = done.said.splitlines()
+    for line in lines:
+        console.line(f"{name}  {line}")
+    console.line(f"{name}  smoke test: {done.seconds:.1f} s, wrote {done.mib:.1f} MiB")
+    if not any(line.startswith("ok") for line in lines):
+        raise RuntimeError(f"the smoke test of {name} did not run:\n{done.said}")
+    return sum(line.startswith("missing") for line in lines)
