@@ -89,16 +89,16 @@ def _base(builder: Builder) -> _Built:
 
 def _image(name: str, builder: Builder, reader: Worker, images: Mapping[str, Image], folder: Path) -> _Built:
     started = time.monotonic()
-    read = _read(reader, name, images)
-    if read["lint"]:
-        raise RuntimeError(f"hadolint finds in {name}.Dockerfile: {'; '.join(read['lint'])}")
-    context = _context(folder / f"{name}-context", read["context"])
+    told = read(reader, name, {base: made.environment for base, made in images.items()})
+    if told["lint"]:
+        raise RuntimeError(f"hadolint finds in {name}.Dockerfile: {'; '.join(told['lint'])}")
+    context = _context(folder / f"{name}-context", told["context"])
     known, done = dict(images), list[Done]()
-    for stage in read["stages"]:
+    for stage in told["stages"]:
         image, done_here = _stage(name, builder, stage, known, context)
         known[stage["name"]] = image
         done += done_here
-    for stage in read["stages"][:-1]:
+    for stage in told["stages"][:-1]:
         builder.remove(known[stage["name"]], (image, *images.values()))
     sizes = {f"layer_{at}_mib": step.mib for at, step in enumerate(done_here, start=1)}
     seconds = time.monotonic() - started
@@ -110,8 +110,14 @@ def _image(name: str, builder: Builder, reader: Worker, images: Mapping[str, Ima
     return _Built(image, figures)
 
 
-def _read(reader: Worker, name: str, images: Mapping[str, Image]) -> dict[str, Any]:
-    environments = {image: made.environment for image, made in images.items()}
+def read(reader: Worker, name: str, environments: Mapping[str, Mapping[str, str]]) -> dict[str, Any]:
+    """What a Dockerfile says, see _dockerfile.py.
+
+    Args:
+        reader: a process of that program.
+        name: of the Dockerfile.
+        environments: of the images that it may begin with.
+    """
     path = _DOCKERFILES / f"{name}.Dockerfile"
     question = {"dockerfile": str(path), "context": str(ROOT), "arguments": {}, "bases": environments}
     return dict(reader.ask(json.dumps(question)))
