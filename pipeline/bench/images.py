@@ -93,17 +93,18 @@ def _image(name: str, builder: Builder, reader: Worker, images: Mapping[str, Ima
     if told["lint"]:
         raise RuntimeError(f"hadolint finds in {name}.Dockerfile: {'; '.join(told['lint'])}")
     context = _context(folder / f"{name}-context", told["context"])
-    known, done = dict(images), list[Done]()
-    for stage in told["stages"]:
-        image, done_here = _stage(name, builder, stage, known, context)
-        known[stage["name"]] = image
-        done += done_here
-    for stage in told["stages"][:-1]:
+    known, steps = dict(images), list[Done]()
+    *earlier, last = told["stages"]
+    for stage in earlier:
+        known[stage["name"]], done = _stage(name, builder, stage, known, context)
+        steps += done
+    image, layers = _stage(name, builder, last, known, context)
+    for stage in earlier:
         builder.remove(known[stage["name"]], (image, *images.values()))
-    sizes = {f"layer_{at}_mib": step.mib for at, step in enumerate(done_here, start=1)}
+    sizes = {f"layer_{at}_mib": step.mib for at, step in enumerate(layers, start=1)}
     seconds = time.monotonic() - started
-    left_out = sum(bool(step.left_out) for step in done)
-    missed = _smoke(name, builder, stage, image)
+    left_out = sum(bool(step.left_out) for step in (*steps, *layers))
+    missed = _smoke(name, builder, last, image)
     if missed > left_out:
         raise RuntimeError(f"the smoke test of {name} misses {missed}, and {left_out} steps were left out")
     figures = {"seconds": seconds, "mib": sum(sizes.values()), **sizes, "left_out": left_out, "smoke_misses": missed}
@@ -160,10 +161,10 @@ def _smoke(name: str, builder: Builder, stage: Mapping[str, Any], image: Image) 
     """How many things the smoke test misses; it prints each that it looks at."""
     command = f"python -m pipeline.cloud.smoke {name} || test $? = 1"
     done = builder.run(image, command, stage["environment"], stage["user"], stage["folder"], online=False)
-    lines = done.said.splitlines()
+    lines = [line for line in done.said.splitlines() if line.startswith(("ok ", "missing "))]
     for line in lines:
         console.line(f"{name}  {line}")
     console.line(f"{name}  smoke test: {done.seconds:.1f} s, wrote {done.mib:.1f} MiB")
-    if not any(line.startswith("ok") for line in lines):
+    if not lines:
         raise RuntimeError(f"the smoke test of {name} did not run:\n{done.said}")
     return sum(line.startswith("missing") for line in lines)

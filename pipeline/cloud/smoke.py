@@ -20,6 +20,7 @@ from typing import Any
 from packaging.requirements import Requirement
 from packaging.utils import NormalizedName, canonicalize_name
 
+from pipeline import console
 from pipeline.fingerprint import ROOT
 
 BOOT = Path("/opt/apache/beam/boot")  # what Dataflow starts, "Build custom container images for Dataflow"
@@ -166,7 +167,9 @@ def main(arguments: Sequence[str]) -> int:
     """
     parser = argparse.ArgumentParser(prog="python -m pipeline.cloud.smoke", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("image", choices=[image.value for image in Image])
-    found = [*findings(Image(parser.parse_args(arguments).image))]
+    asked = Image(parser.parse_args(arguments).image)
+    console.quiet(verbose=False)
+    found = [*findings(asked)]
     for finding in found:
         print(f"missing  {finding.what}: {finding.fault}" if finding.fault else f"ok       {finding.what}", flush=True)
     return int(any(finding.fault for finding in found))
