@@ -29,7 +29,7 @@ _CLASS = "--executor_class_path"
 TRAINING = ("python", "-m", "tfx.scripts.run_executor", _CLASS, "components.vertex_trainer.host.Executor")
 _FUNCTIONS = ("preprocessing_fn", "run_fn", "module_path")  # execution properties that name code
 _CPU_PACKAGE, _TPU_PACKAGE = canonicalize_name("tensorflow"), canonicalize_name("tensorflow-tpu")
-_TPU_ONLY = "CrossReplicaSum"  # an operation that only TensorFlow's TPU build has a kernel of
+_TPU_ONLY = "TPUExecute"  # an operation that only TensorFlow's TPU build has a kernel of
 
 
 class Image(enum.Enum):
