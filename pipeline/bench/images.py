@@ -4,14 +4,12 @@ Ends with the smoke test of each, as the image's own user and with no network. N
 minutes. BUILD_NOTES.md says what stands for the base images.
 """
 
-import dataclasses
-import functools
 import json
 import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,17 +25,8 @@ _PYTHON, _BEAM = "python:3.10-slim-bookworm", "apache/beam_python3.10_sdk:2.65.0
 _WIDTH = 76
 
 
-@dataclasses.dataclass(frozen=True)
-class _Built:
-    image: Image
-    figures: Mapping[str, float]
-
-
-def measure(out: str | None = None) -> Mapping[str, float]:
+def measure() -> Mapping[str, float]:
     """Builds the CPU image, and the TPU image from it, and starts the smoke test in each.
-
-    Args:
-        out: folder that keeps the images, so that one that is there is not built again; None to keep nothing.
 
     Returns:
         Of each image: seconds, size, size of each layer on top of the base image, steps that were left out since their
@@ -49,45 +38,21 @@ def measure(out: str | None = None) -> Mapping[str, float]:
     """
     if os.geteuid() or not shutil.which("debootstrap"):
         raise UserError("the benchmark images needs root and debootstrap: sudo apt-get install debootstrap")
-    if out:
-        Path(out).mkdir(parents=True, exist_ok=True)
-        return _build(Path(out).absolute())
-    with tempfile.TemporaryDirectory() as folder:
-        return _build(Path(folder))
-
-
-def _build(folder: Path) -> Mapping[str, float]:
-    builder = Builder(folder)
-    python = _once(folder, "base", lambda: _base(builder))
-    images = {_PYTHON: python.image, _BEAM: builder.beam_image(python.image)}
-    figures = dict(python.figures)
-    with Worker([IMAGES.python(), "-s", _PROGRAM]) as reader:
+    with tempfile.TemporaryDirectory() as folder, Worker([IMAGES.python(), "-s", _PROGRAM]) as reader:
+        builder = Builder(Path(folder))
+        started = time.monotonic()
+        python = builder.python_image()
+        images = {_PYTHON: python, _BEAM: builder.beam_image(python)}
+        figures = {"base_seconds": time.monotonic() - started, "base_mib": sum(map(mib, python.layers))}
         for name in ("cpu", "tpu"):
-            built = _once(folder, name, functools.partial(_image, name, builder, reader, images, folder))
-            images[f"moco:{name}"] = built.image
-            figures |= {f"{name}_{figure}": value for figure, value in built.figures.items()}
+            images[f"moco:{name}"], found = _image(name, builder, reader, images, Path(folder))
+            figures |= {f"{name}_{figure}": value for figure, value in found.items()}
     return figures
 
 
-def _once(folder: Path, name: str, make: Callable[[], _Built]) -> _Built:
-    """What was made, or was made before."""
-    record = folder / f"{name}.json"
-    if record.is_file():
-        told = json.loads(record.read_text())
-        return _Built(Image(tuple(map(Path, told["layers"])), told["environment"]), told["figures"])
-    built = make()
-    layers = [*map(str, built.image.layers)]
-    record.write_text(json.dumps({"layers": layers, "environment": built.image.environment, "figures": built.figures}))
-    return built
-
-
-def _base(builder: Builder) -> _Built:
-    started = time.monotonic()
-    image = builder.python_image()
-    return _Built(image, {"base_seconds": time.monotonic() - started, "base_mib": sum(map(mib, image.layers))})
-
-
-def _image(name: str, builder: Builder, reader: Worker, images: Mapping[str, Image], folder: Path) -> _Built:
+def _image(
+    name: str, builder: Builder, reader: Worker, images: Mapping[str, Image], folder: Path
+) -> tuple[Image, dict[str, float]]:
     started = time.monotonic()
     told = read(reader, name, {base: made.environment for base, made in images.items()})
     if told["lint"]:
@@ -108,7 +73,7 @@ def _image(name: str, builder: Builder, reader: Worker, images: Mapping[str, Ima
     if missed > left_out:
         raise RuntimeError(f"the smoke test of {name} misses {missed}, and {left_out} steps were left out")
     figures = {"seconds": seconds, "mib": sum(sizes.values()), **sizes, "left_out": left_out, "smoke_misses": missed}
-    return _Built(image, figures)
+    return image, figures
 
 
 def read(reader: Worker, name: str, environments: Mapping[str, Mapping[str, str]]) -> dict[str, Any]:
