@@ -111,8 +111,10 @@ def _check_packages(image: Image) -> None:
     if image is Image.tpu:
         del wanted[_CPU_PACKAGE]
         wanted[_TPU_PACKAGE] = _pins(ROOT / "pipeline" / "tpu" / "requirements-lower.txt")[_TPU_PACKAGE]
-    there = {canonicalize_name(one.name): one.version for one in importlib.metadata.distributions()}
-    wrong = [f"{name} {there.get(name)} in place of {pin}" for name, pin in wanted.items() if there.get(name) != pin]
+    # Of the same name, the first on the path: setuptools puts copies of its own packages at the end of it.
+    there = reversed([*importlib.metadata.distributions()])
+    found = {canonicalize_name(one.name): one.version for one in there}
+    wrong = [f"{name} {found.get(name)} in place of {pin}" for name, pin in wanted.items() if found.get(name) != pin]
     if wrong:
         raise RuntimeError(", ".join(wrong))
 
