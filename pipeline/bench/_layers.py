@@ -35,6 +35,8 @@ _RUN = f"""
 mount -t overlay overlay -o "$1" "$2"
 mount -t proc proc "$2/proc"
 mount --rbind /dev "$2/dev"
+mount --bind /sys "$2/sys"
+mount -o remount,bind,ro "$2/sys"
 mount --bind {_CERTIFICATES} "$2{_CERTIFICATES}"
 mount -o remount,bind,ro "$2{_CERTIFICATES}"
 shift

@@ -1,7 +1,7 @@
 """Both images without docker: the linter's findings, and each step of their Dockerfiles in a root made by debootstrap.
 
-Ends with the smoke test of each, as the image's own user and with no network. Needs root, debootstrap, 10 GB and ten
-minutes. BUILD_NOTES.md says what stands for the base images.
+Then the smoke test in each, and the whole pipeline on a few images in the CPU image: as the image's own user, with no
+network. Needs root, debootstrap, 10 GB and ten minutes. BUILD_NOTES.md says what stands for the base images.
 """
 
 import json
@@ -11,9 +11,10 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pipeline import console
+from pipeline.bench import _runs
 from pipeline.bench._layers import Builder, Done, Image, mib
 from pipeline.side_env import IMAGES, ROOT
 from pipeline.worker import Worker
@@ -25,16 +26,31 @@ _PYTHON, _BEAM = "python:3.10-slim-bookworm", "apache/beam_python3.10_sdk:2.65.0
 _WIDTH = 76
 
 
+class _Made(NamedTuple):
+    """An image.
+
+    Attributes:
+        image: its layers.
+        container: the last stage as _dockerfile.py tells it: user, folder, environment.
+        figures: of its making.
+    """
+
+    image: Image
+    container: Mapping[str, Any]
+    figures: Mapping[str, float]
+
+
 def measure() -> Mapping[str, float]:
-    """Builds the CPU image, and the TPU image from it, and starts the smoke test in each.
+    """Builds the CPU image, and the TPU image from it, and starts the smoke test in each, and a run in the first.
 
     Returns:
         Of each image: seconds, size, size of each layer on top of the base image, steps that were left out since their
-        host cannot be reached, and how much the smoke test misses.
+        host cannot be reached, and how much the smoke test misses; and the seconds of the run.
 
     Raises:
         UserError: this machine cannot do it.
-        RuntimeError: the linter has a finding, a step fails, or the smoke test misses more than what was left out.
+        RuntimeError: the linter has a finding, a step or the run fails, or the smoke test misses more than what was
+            left out.
     """
     if os.geteuid() or not shutil.which("debootstrap"):
         raise UserError("the benchmark images needs root and debootstrap: sudo apt-get install debootstrap")
@@ -44,15 +60,17 @@ def measure() -> Mapping[str, float]:
         python = builder.python_image()
         images = {_PYTHON: python, _BEAM: builder.beam_image(python)}
         figures = {"base_seconds": time.monotonic() - started, "base_mib": sum(map(mib, python.layers))}
-        for name in ("cpu", "tpu"):
-            images[f"moco:{name}"], found = _image(name, builder, reader, images, Path(folder))
-            figures |= {f"{name}_{figure}": value for figure, value in found.items()}
+        cpu = _image("cpu", builder, reader, images, Path(folder))
+        tpu = _image("tpu", builder, reader, {**images, "moco:cpu": cpu.image}, Path(folder))
+        figures |= {**_named("cpu", cpu), **_named("tpu", tpu), "run_seconds": _small_run(builder, cpu, Path(folder))}
     return figures
 
 
-def _image(
-    name: str, builder: Builder, reader: Worker, images: Mapping[str, Image], folder: Path
-) -> tuple[Image, dict[str, float]]:
+def _named(name: str, made: _Made) -> dict[str, float]:
+    return {f"{name}_{figure}": value for figure, value in made.figures.items()}
+
+
+def _image(name: str, builder: Builder, reader: Worker, images: Mapping[str, Image], folder: Path) -> _Made:
     started = time.monotonic()
     told = read(reader, name, {base: made.environment for base, made in images.items()})
     if told["lint"]:
@@ -73,7 +91,7 @@ def _image(
     if missed > left_out:
         raise RuntimeError(f"the smoke test of {name} misses {missed}, and {left_out} steps were left out")
     figures = {"seconds": seconds, "mib": sum(sizes.values()), **sizes, "left_out": left_out, "smoke_misses": missed}
-    return image, figures
+    return _Made(image, last, figures)
 
 
 def read(reader: Worker, name: str, environments: Mapping[str, Mapping[str, str]]) -> dict[str, Any]:
@@ -133,3 +151,15 @@ def _smoke(name: str, builder: Builder, stage: Mapping[str, Any], image: Image) 
     if not lines:
         raise RuntimeError(f"the smoke test of {name} did not run:\n{done.said}")
     return sum(line.startswith("missing") for line in lines)
+
+
+def _small_run(builder: Builder, made: _Made, folder: Path) -> float:
+    """Seconds of the whole pipeline in an image."""
+    there, home = made.container, made.container["folder"]
+    images = builder.copy(made.image, _runs.write_images(folder / "images"), ".", f"{home}/images")
+    image = Image((*made.image.layers, images.layer), made.image.environment)
+    settings = " ".join(f"--set {setting}" for setting in _runs.SETTINGS)
+    command = f"python -m pipeline run --images images --workdir run --config demo {settings}"
+    done = builder.run(image, command, there["environment"], there["user"], home, online=False)
+    console.line(done.said)
+    return done.seconds
