@@ -531,7 +531,7 @@ Application Default Credentials ('gcloud auth application-default login'); --dry
     parser.epilog = """\
 examples:
   ./moco submit --target vertex --config vertex_v5e_8 --set cloud.project=PROJECT --watch
-  ./moco submit --target vertex --config mine.yaml --parameter span=17 --label team=vision --dry-run
+  ./moco submit --target vertex --config mine.yaml --span 17 --epochs 50 --label team=vision --dry-run
   ./moco submit --target vertex --config mine.yaml --cron 'CRON_TZ=Europe/Berlin 0 3 * * *'
   ./moco submit --target vertex --config mine.yaml --cancel moco-20261123-064500
   ./moco submit --target kubeflow --config mine.yaml --set cloud.kubeflow.host=http://localhost:8080 --watch
@@ -548,14 +548,16 @@ With --name, typed again it begins nothing twice on Vertex AI. Code 1: the run t
     parser.add_argument(
         "--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE", help="as for './moco run'"
     )
-    parser.add_argument("--images", action=_Once, metavar="gs://", help="of this run: the parameter images")
+    parser.add_argument("--images", action=_Once, metavar="gs://", help="images of this run, as for './moco run'")
+    parser.add_argument("--span", action=_Once, metavar="latest|N", help="which span of them (default: latest)")
+    parser.add_argument("--epochs", action=_Once, metavar="N", help="length of this run's training")
     parser.add_argument(
         "--parameter",
         action="append",
         default=[],
         dest="parameters",
         metavar="NAME=VALUE",
-        help="of this run, such as epochs=50; may be repeated",
+        help="of this run, by the pipeline's name for it, such as epochs=50; may be repeated",
     )
     parser.add_argument("--name", default="", action=_Once, metavar="NAME", help="of the run or the schedule")
     parser.add_argument(
@@ -861,11 +863,12 @@ def _submit(options: argparse.Namespace) -> int:
     there = options.cancel or options.watch or ""
     if options.cancel and options.watch:
         raise UserError(f"--watch {options.watch}: leave the name out, --cancel {options.cancel} says it")
-    images = [f"images={options.images}"] if options.images else []
+    typed = {name: getattr(options, name) for name in ("images", "span", "epochs")}
+    own = [f"{name}={value}" for name, value in typed.items() if value is not None]
     given = submission(
         name=options.name,
         labels=options.labels,
-        parameters=[*images, *options.parameters],
+        parameters=[*own, *options.parameters],
         cached=not options.no_cache,
         cron=options.cron,
     )

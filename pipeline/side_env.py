@@ -110,6 +110,13 @@ FAISS = SideEnvironment(
     requirements=ROOT / "pipeline" / "bench" / "requirements-faiss.txt",
     why="nothing but a benchmark may import faiss, and it brings an OpenBLAS and an OpenMP of its own",
 )
+IMAGES = SideEnvironment(
+    name="venv-images",
+    holds="what reads and judges Dockerfiles",
+    pythons=("3.10",),
+    requirements=ROOT / "pipeline" / "bench" / "requirements-images.txt",
+    why="nothing but a benchmark reads Dockerfiles",
+)
 
 
 def _for_tpu(part: str, holds: str, pythons: tuple[str, ...], why: str) -> SideEnvironment:

@@ -12,6 +12,7 @@ from trainer_module.errors import UserError
 # Pillow refuses to open an image of more pixels than this (twice PIL.Image.MAX_IMAGE_PIXELS).
 PILLOW_MAX_PIXELS = 178_956_970
 
+LATEST = "latest"  # of the spans
 
 # Features of an example by which images can be grouped; its bytes and their hash are each image's own.
 COLUMNS = ("image/label", "image/format", "image/split", "image/path", "image/height", "image/width")

@@ -13,9 +13,8 @@ from tfx.utils import proto_utils
 from tfx.v1 import proto
 
 from components.image_example_gen import sources
+from components.image_example_gen.config import LATEST
 from trainer_module.errors import UserError
-
-LATEST = "latest"  # of a span
 
 
 def resolve(exec_properties: Mapping[str, Any]) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from tfx.types import Channel, standard_artifacts
 
 from components.evaluator.record import BlessedModels, LatestOtherBlessedModel
 from components.image_example_gen import vertex_driver
-from components.image_example_gen.driver import LATEST
+from components.image_example_gen.config import LATEST
 from components.vertex_trainer.component import VertexTrainer
 from pipeline.cloud import jobs
 from pipeline.cloud.machines import machines

@@ -88,6 +88,9 @@ def beam_arguments(cloud: CloudConfig, project: str) -> tuple[str, ...]:
         f"--sdk_container_image={cloud.image}",
         "--sdk_location=container",
         "--experiments=use_runner_v2",
+        # Else a list of the packages is staged for each worker, whose folder for it is root's, and the image's user is
+        # not root (boot.go, "failed to retrieve staged files").
+        "--experiments=disable_logging_submission_environment",
         f"--worker_machine_type={dataflow.machine_type}",
         f"--autoscaling_algorithm={'NONE' if fixed else 'THROUGHPUT_BASED'}",
         f"--num_workers={dataflow.max_workers if fixed else 1}",

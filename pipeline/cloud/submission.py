@@ -63,7 +63,7 @@ def submission(
         raise UserError(f"--name {name} may have small letters, digits and '-' behind the first; e.g. --name moco-17")
     for parameter in parameters:
         if "=" not in parameter:
-            raise UserError(f"--parameter {parameter} must be NAME=VALUE; e.g. --parameter steps=1000")
+            raise UserError(f"--parameter {parameter} must be NAME=VALUE; e.g. --parameter epochs=50")
     if cron:
         _check_cron(cron)
     values = dict(parameter.split("=", 1) for parameter in parameters)

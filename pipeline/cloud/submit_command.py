@@ -7,12 +7,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from components.image_example_gen.config import LATEST
 from pipeline.cloud import targets
 from pipeline.cloud.place import check_place
 from pipeline.cloud.submission import Submission
 from pipeline.cloud.targets import Target
 from pipeline.cloud.watching import State
-from pipeline.config import Config
+from pipeline.config import RANGES, Config
 from trainer_module.errors import UserError
 
 Say = Callable[[str], None]
@@ -53,9 +54,7 @@ def check(asked: Request) -> None:
         raise UserError(
             "--cancel NAME and --watch NAME ask for a run that is there; leave the options of a new one out"
         )
-    images = asked.submission.parameters.get("images", "gs://")
-    if not images.startswith("gs://"):
-        raise UserError(f"--images {images} is not where the stages run; e.g. --images gs://BUCKET/photos")
+    _check_parameters(asked.submission.parameters)
     if asked.submission.cron and asked.watch:
         raise UserError("--watch follows one run, and --cron begins many; leave one of them out")
     if asked.pipeline and not Path(asked.pipeline).is_file():
@@ -63,6 +62,18 @@ def check(asked: Request) -> None:
     _check_place(asked)
     if not asked.name and not asked.pipeline:
         targets.check(asked.config, asked.target)
+
+
+def _check_parameters(given: Mapping[str, str]) -> None:
+    """Of a run: a stage would refuse them hours later."""
+    images, span, epochs = given.get("images", "gs://"), given.get("span", LATEST), given.get("epochs", "1")
+    if not images.startswith("gs://"):
+        raise UserError(f"--images {images} is not where the stages run; e.g. --images gs://BUCKET/photos")
+    if span != LATEST and not span.isdecimal() and not span.startswith("{"):  # a RangeConfig
+        raise UserError(f"--span {span} is neither {LATEST} nor a number; e.g. --span 7")
+    allowed = RANGES["train.epochs"]
+    if not epochs.isdecimal() or not allowed.admits(int(epochs)):
+        raise UserError(f"--epochs {epochs} must be an integer, {allowed.describe()}; e.g. --epochs 200")
 
 
 def _check_place(asked: Request) -> None:

@@ -11,6 +11,7 @@ from google.cloud.aiplatform_v1.types import CustomJob
 from job_service import JobService, served
 from local_service import RUN_EXECUTOR, LocalService, execute, preload
 
+from pipeline.cloud.smoke import BOOT, TRAINING
 from pipeline.cloud.targets import Target
 
 pytestmark = pytest.mark.long
@@ -54,6 +55,11 @@ IMPORTED_ONCE = (
 class Run:
     def __init__(self, service: LocalService, jobs: JobService, bucket: Path) -> None:
         self.service, self.jobs, self.bucket = service, jobs, bucket
+
+    def container(self) -> list[str]:
+        """What the training job's container starts."""
+        (pool,) = self.jobs.created[0].custom_job.job_spec.worker_pool_specs
+        return [*pool.container_spec.command, *pool.container_spec.args]
 
     def artifact(self, task: str, key: str) -> dict:
         (artifact,) = self.service.artifacts[task][key]
@@ -120,6 +126,20 @@ def test_the_training_job_has_the_runs_epochs_and_checkpoints_of_its_own_that_ar
     assert (training["epochs"], training["replicas"]) == (2, 2)
     assert training["steps"] < 40
     assert not list((run.bucket / "moco" / "checkpoints").glob("*/*"))
+
+
+def test_the_smoke_test_of_an_image_finds_all_that_was_started_here(run):
+    with pytest.raises(RuntimeError) as missing:  # this is no image: at least Beam's own program is not here
+        execute(["python", "-m", "pipeline.cloud.smoke", "cpu"], run.service.environment, run.bucket / "smoke")
+    said = str(missing.value)
+    spec = run.service.job["pipelineSpec"]["deploymentSpec"]["executors"]
+    for container in (one["container"] for one in spec.values() if "container" in one):
+        at = container["args"].index("--executor_class_path")
+        assert f"ok       {' '.join([*container['command'], *container['args'][at : at + 2]])}\n" in said
+    assert f"ok       {' '.join(run.container()[: len(TRAINING)])}\n" in said
+    assert run.container()[: len(TRAINING)] == [*TRAINING]
+    assert f"missing  {BOOT} can be started" in said
+    assert said.count("\nmissing  ") <= 2  # and the user, who may be root here
 
 
 def test_the_blessing_names_its_model_as_the_services_resolver_wants_it(run):

@@ -2,6 +2,7 @@
 
 import pytest
 from apache_beam.options.pipeline_options import GoogleCloudOptions, SetupOptions, WorkerOptions
+from apache_beam.runners.portability.stager import Stager
 from google.cloud.aiplatform_v1.types import AcceleratorType, CustomJob
 from google.cloud.aiplatform_v1.types import custom_job as types
 from google.protobuf import json_format
@@ -143,6 +144,12 @@ def test_beam_knows_every_flag_and_dataflow_gets_image_machines_account_and_netw
     assert (worker.machine_type, worker.max_num_workers, worker.num_workers) == ("n2-standard-4", 7, 1)
     assert (worker.autoscaling_algorithm, worker.network, worker.use_public_ips) == ("THROUGHPUT_BASED", "vpc", False)
     assert options.view_as(SetupOptions).sdk_location == "container"
+
+
+def test_nothing_is_staged_for_the_workers_whose_user_could_not_write_it(tmp_path):
+    cloud = load("vertex_v5e_8").cloud
+    options = beam.options(jobs.beam_arguments(cloud, cloud.project))
+    assert Stager.create_job_resources(options, str(tmp_path)) == []
 
 
 def test_without_autoscaling_dataflow_has_all_workers_from_the_start():

@@ -25,11 +25,12 @@ def pipeline(tmp_path: Path) -> str:
 
 
 def test_a_dry_run_of_a_compiled_file_shows_one_request(capsys, pipeline):
-    arguments = ["--pipeline", pipeline, "--images", "gs://bucket/photos", "--label", "team=vision", "--dry-run"]
-    assert cli.main([*VERTEX, *arguments]) == 0
+    of_the_run = ["--images", "gs://bucket/photos", "--epochs", "50"]
+    assert cli.main([*VERTEX, "--pipeline", pipeline, *of_the_run, "--label", "team=vision", "--dry-run"]) == 0
     shown = json.loads(capsys.readouterr().out)
     assert shown["host"] == "us-central1-aiplatform.googleapis.com"
-    assert shown["request"]["pipelineJob"]["runtimeConfig"]["parameterValues"] == {"images": "gs://bucket/photos"}
+    sent = shown["request"]["pipelineJob"]["runtimeConfig"]["parameterValues"]
+    assert sent == {"images": "gs://bucket/photos", "epochs": 50}
     assert shown["request"]["pipelineJob"]["labels"]["team"] == "vision"
 
 
@@ -62,6 +63,9 @@ def test_a_dry_run_for_kubeflow_takes_the_file_that_was_compiled_for_it(capsys, 
         ([*VERTEX, "--label", "Team"], ["--label Team", "team=vision"]),
         ([*VERTEX, "--parameter", "epochs"], ["--parameter epochs", "NAME=VALUE"]),
         ([*VERTEX, "--images", "photos/"], ["--images photos/", "--images gs://BUCKET/photos"]),
+        ([*VERTEX, "--span", "yesterday"], ["--span yesterday", "latest", "--span 7"]),
+        ([*VERTEX, "--epochs", "0"], ["--epochs 0", "at least 1", "--epochs 200"]),
+        ([*VERTEX, "--parameter", "epochs=many"], ["--epochs many", "an integer"]),
         ([*VERTEX, "--cron", "daily"], ["--cron 'daily'", "five fields", "0 3 * * *"]),
         ([*VERTEX, "--cron", "0 3 * * * *"], ["five fields"]),
         ([*VERTEX, "--cron", "0 3 ; * *"], ["five fields"]),
