@@ -111,6 +111,14 @@ FAISS = SideEnvironment(
     why="nothing but a benchmark may import faiss, and it brings an OpenBLAS and an OpenMP of its own",
 )
 
+ATHERIS = SideEnvironment(
+    name="venv-atheris",
+    holds="atheris",
+    pythons=("3.10",),
+    requirements=ROOT / "pipeline" / "bench" / "requirements-atheris.txt",
+    why="nothing but a benchmark may import a fuzzer; its wheel is of 115 MB",
+)
+
 
 def _for_tpu(part: str, holds: str, pythons: tuple[str, ...], why: str) -> SideEnvironment:
     """An environment of ./moco tpu-report."""
