@@ -133,8 +133,8 @@ def measure(count: int = 100_000) -> Mapping[str, float]:
     Returns:
         For each model and each load ("64x1": 64 clients, one image a request), of the server, and of the bare loop:
         images_per_second, p50_ms, p95_ms, p99_ms of a request and of a call, and cpu_ms_per_image, processor time,
-        which other load on the machine changes less. ratio, of the images per second; cpu_ratio, of the bare loop's processor
-        time over the server's; ms_over_bare, of the medians. client_cpu: the cores that the clients took.
+        which other load on the machine changes less. ratio, of the images per second; cpu_ratio, of the bare loop's
+        processor time over the server's; ms_over_bare, of the medians. client_cpu: the cores that the clients took.
         ready_seconds: from the start of `./moco serve` until it answers. others: the share of the machine that whatever
         is not measured took. rss_mb_first, rss_mb, rss_ratio: the server's memory after 1,000 and after `count`
         requests of one image from 64 clients.
