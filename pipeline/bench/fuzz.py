@@ -1,8 +1,8 @@
 """What reads a client's bytes in ./moco serve, fuzzed with libFuzzer along the coverage of its Python code (atheris).
 
 Fails with the bytes that did it where anything but a refusal comes out, or where one input takes 10 seconds or 2 GiB.
-Takes --count inputs for each of JSON, messages and images: 200,000, about three minutes, if not told otherwise. The first
-time makes an environment for atheris, half a minute.
+Takes --count inputs for each of JSON, messages and images: 200,000, about three minutes, if not told otherwise. The
+first time makes an environment for atheris, half a minute.
 """
 
 import re
