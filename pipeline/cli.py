@@ -591,7 +591,9 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", metavar="NAME", help=", ".join(names))
     parser.add_argument("--json", metavar="FILE", help="also write the figures there")
     parser.add_argument("--out", metavar="DIR", help="folder for pictures, and to go on from if interrupted (leak)")
-    parser.add_argument("--count", type=int, action=_Once, metavar="N", help="how many times (kills)")
+    parser.add_argument(
+        "--count", type=int, action=_Once, metavar="N", help="kills (kills), or requests (serve, tiny_requests)"
+    )
     _add_talk(parser)
 
 

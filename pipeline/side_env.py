@@ -118,6 +118,14 @@ IMAGES = SideEnvironment(
     why="nothing but a benchmark reads Dockerfiles",
 )
 
+ATHERIS = SideEnvironment(
+    name="venv-atheris",
+    holds="atheris",
+    pythons=("3.10",),
+    requirements=ROOT / "pipeline" / "bench" / "requirements-atheris.txt",
+    why="nothing but a benchmark may import a fuzzer; its wheel is of 115 MB",
+)
+
 
 def _for_tpu(part: str, holds: str, pythons: tuple[str, ...], why: str) -> SideEnvironment:
     """An environment of ./moco tpu-report."""

@@ -4,6 +4,7 @@ import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol
 
 from pipeline.worker import Worker
 
@@ -15,10 +16,18 @@ def started(command: Sequence[str | Path]) -> Worker:
     return Worker(command, {"OMP_NUM_THREADS": str(THREADS)})
 
 
+class Measured(Protocol):
+    """A process whose time is known."""
+
+    @property
+    def processor_seconds(self) -> float:
+        """That it has used so far."""
+
+
 class Bystanders:
     """How much of this machine whatever is not measured takes, since this was made."""
 
-    def __init__(self, workers: Sequence[Worker]) -> None:
+    def __init__(self, workers: Sequence[Measured]) -> None:
         self._workers, self._start = workers, time.monotonic()
         self._busy = self._seconds()
 

@@ -22,7 +22,7 @@ class ServeConfig:
         max_batch: rows in one call of the model.
         max_wait_ms: how long a row waits for company while a worker is free.
         max_queue: rows that are admitted and not yet answered; more are refused.
-        workers: calls of the model at a time.
+        workers: calls of the model at a time; with two, one prepares its images while the other computes.
         max_request_mb: MiB of one request.
         max_buffered_mb: MiB of all requests that are being read or answered.
         max_image_mb: MiB of one encoded image.
@@ -42,7 +42,7 @@ class ServeConfig:
     max_batch: int = 64
     max_wait_ms: float = 2.0
     max_queue: int = 1024
-    workers: int = 1
+    workers: int = 2
     max_request_mb: float = 32.0
     max_buffered_mb: float = 256.0
     max_image_mb: float = 16.0

@@ -90,7 +90,7 @@ class _Prediction:
         spec = request.model_spec
         with self._service.versions.lease(spec.name, protos.asked_version(spec), spec.version_label) as model:
             signature = model.signature(spec.signature_name)
-            tensors = _tensors(request.inputs, signature, self._service.config.max_request_bytes)
+            tensors = tensors_of(request.inputs, signature, self._service.config.max_request_bytes)
             result = await self._service.predict(signature, tensors, timeout)
             name = spec.signature_name or DEFAULT_SIGNATURE
             response = predict_pb2.PredictResponse(model_spec=protos.spec(spec.name, model.version, name))
@@ -129,7 +129,7 @@ def _handler(
     async def answer(data: bytes, context: grpc.aio.ServicerContext) -> bytes:
         async with service.answering("grpc", method) as outcome:
             with service.holding(len(data)):
-                return (await function(_parsed(kind, data), context.time_remaining())).SerializeToString()
+                return (await function(parsed(kind, data), context.time_remaining())).SerializeToString()
         refusal = outcome.refusal
         await context.abort(grpc.StatusCode[refusal.code.name], refusal.message)
         raise AssertionError("abort raises")
@@ -137,14 +137,29 @@ def _handler(
     return grpc.unary_unary_rpc_method_handler(answer)
 
 
-def _parsed(kind: type[Request], data: bytes) -> Request:
+def parsed(kind: type[Request], data: bytes) -> Request:
+    """A message.
+
+    Raises:
+        Refused: INVALID_ARGUMENT, the bytes are none.
+    """
     try:
         return kind.FromString(data)
     except DecodeError as error:
         raise invalid(f"the message is no {kind.__name__}") from error
 
 
-def _tensors(inputs: Mapping[str, tensor_pb2.TensorProto], signature: Signature, most: int) -> dict[str, np.ndarray]:
+def tensors_of(inputs: Mapping[str, tensor_pb2.TensorProto], signature: Signature, most: int) -> dict[str, np.ndarray]:
+    """The inputs of a request.
+
+    Args:
+        inputs: as they came.
+        signature: that is asked.
+        most: bytes of numbers in one of them.
+
+    Raises:
+        Refused: INVALID_ARGUMENT, they are not the signature's.
+    """
     if set(inputs) != set(signature.inputs):
         raise invalid(f"the inputs are {len(inputs)} others than {', '.join(signature.inputs)}")
     return {name: _tensor(inputs[name], spec, most) for name, spec in signature.inputs.items()}

@@ -197,6 +197,7 @@ class Signature:
         if embedding is None or embedding.dtype.kind != "f":
             return
         finite = np.isfinite(embedding.reshape(len(embedding), -1)).all(axis=1)
+        embedding[~finite] = np.nan
         for index in np.flatnonzero(~finite).tolist():
             errors.setdefault(index, "not_finite: the model gives no finite embedding for it")
 

@@ -1,13 +1,16 @@
 """TensorFlow Serving's row and column form: JSON to tensors and back.
 
-https://www.tensorflow.org/tfx/serving/api_rest and tensorflow_serving/util/json_tensor.cc say how. A row that failed is
-null in place of each of its numbers, so that shapes stay; `errors` beside it, an addition to TensorFlow Serving's
-answer, says why. Messages name the place of what is wrong and never quote it.
+https://www.tensorflow.org/tfx/serving/api_rest and tensorflow_serving/util/json_tensor.cc say how, `NaN` and `Infinity`
+included, which JSON does not have. A row that failed is null in place of each of its numbers, so that shapes stay;
+`errors` beside it, an addition to TensorFlow Serving's answer, says why. Messages name the place of what is wrong and
+never quote it.
 """
 
 import base64
 import binascii
+import contextlib
 import itertools
+import json
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -22,6 +25,11 @@ Form = Literal["instances", "inputs"]
 _ANSWER: dict[Form, str] = {"instances": "predictions", "inputs": "outputs"}
 _MAX_RANK = 8
 _MAX_LISTS = 1_000_000  # lists and objects in a document: each costs 20 times its bytes once it is parsed
+_NOT_FINITE = {
+    "nan": orjson.Fragment(b"NaN"),
+    "inf": orjson.Fragment(b"Infinity"),
+    "-inf": orjson.Fragment(b"-Infinity"),
+}
 _KINDS: dict[str, tuple[set[type], str]] = {
     "f": ({int, float}, "number"),
     "i": ({int}, "integer"),
@@ -44,10 +52,18 @@ def parse(body: bytes | bytearray) -> dict[str, Any]:
     try:
         document = orjson.loads(body)
     except orjson.JSONDecodeError as error:
-        raise invalid(f"JSON Parse error: {error.msg} at offset: {error.pos}") from None
+        document = _with_non_finite(body, error)
     if not isinstance(document, dict):
         raise invalid(f"JSON Value: {_type(document)} Is not object")
     return document
+
+
+def _with_non_finite(body: bytes | bytearray, error: orjson.JSONDecodeError) -> Any:
+    """What a body holds that strict JSON refuses, if NaN or Infinity can be why."""
+    if b"NaN" in body or b"Infinity" in body:
+        with contextlib.suppress(ValueError, RecursionError):
+            return json.loads(body)
+    raise invalid(f"JSON Parse error: {error.msg} at offset: {error.pos}") from None
 
 
 def signature_name(document: Mapping[str, Any]) -> str:
@@ -59,6 +75,7 @@ def signature_name(document: Mapping[str, Any]) -> str:
     name = document.get("signature_name", "")
     if not isinstance(name, str):
         raise invalid("JSON Value not formatted correctly. 'signature_name' key must be a string value.")
+    _utf8(name, "signature_name")
     return name
 
 
@@ -165,20 +182,35 @@ def _leaves(leaves: list[Any], spec: Spec, where: str) -> np.ndarray:
         array = np.empty(len(leaves), object)
         array[:] = [_bytes(leaf, f"{where}[{index}]") for index, leaf in enumerate(leaves)]
         return array
+    if spec.dtype.kind == "f":
+        return _floats(leaves, spec, where)
     try:
-        array = np.array(leaves, np.float64 if spec.dtype.kind == "f" else np.int64)
+        array = np.array(leaves, np.int64)
     except OverflowError:
         raise _lossy(where, spec) from None
     if array.size and spec.dtype.kind != "b":
-        least, most = _limits(spec)
-        if array.min() < least or array.max() > most:
+        limits = np.iinfo(spec.dtype)
+        if array.min() < limits.min or array.max() > limits.max:
             raise _lossy(where, spec)
     return array.astype(spec.dtype)
 
 
-def _limits(spec: Spec) -> tuple[float, float]:
-    limits = np.finfo(spec.dtype) if spec.dtype.kind == "f" else np.iinfo(spec.dtype)
-    return float(limits.min), float(limits.max)
+def _floats(leaves: list[Any], spec: Spec, where: str) -> np.ndarray:
+    """Numbers; one that the type would not hold as it was written is refused, as TensorFlow Serving does.
+
+    That is a whole number of more digits than the type has, and any beyond its range; not a fraction that it rounds.
+    """
+    try:
+        array = np.array(leaves, np.float64)
+    except OverflowError:
+        raise _lossy(where, spec) from None
+    limits = np.finfo(spec.dtype)
+    sizes = np.abs(array)
+    whole = 2.0 ** (limits.nmant + 1) - 1
+    suspects = np.flatnonzero((sizes > whole) & np.isfinite(array)).tolist()
+    if any(sizes[index] > limits.max or isinstance(leaves[index], int) for index in suspects):
+        raise _lossy(where, spec)
+    return array.astype(spec.dtype)
 
 
 def _lossy(where: str, spec: Spec) -> Refused:
@@ -187,7 +219,7 @@ def _lossy(where: str, spec: Spec) -> Refused:
 
 def _bytes(leaf: str | dict, where: str) -> bytes:
     if isinstance(leaf, str):
-        return leaf.encode()
+        return _utf8(leaf, where)
     if not _is_b64(leaf):
         raise invalid(f"{where}: not formatted correctly for base64 data")
     text: str = leaf["b64"]
@@ -197,16 +229,27 @@ def _bytes(leaf: str | dict, where: str) -> bytes:
         raise invalid(f"{where}: Unable to base64 decode") from None
 
 
+def _utf8(text: str, where: str) -> bytes:
+    try:
+        return text.encode()
+    except UnicodeEncodeError:
+        raise invalid(f"{where}: half of a surrogate pair is no character") from None
+
+
 def _plain(rows: np.ndarray, binary: bool, errors: Mapping[int, str]) -> Any:
-    """A tensor as orjson writes it; NaN, and so what failed, becomes null."""
+    """A tensor as orjson writes it, with null for what failed."""
     if rows.dtype == object:
         return _strings(rows.tolist(), binary)
-    if not errors or rows.dtype.kind == "f":
-        return np.ascontiguousarray(rows)
-    values = rows.tolist()
-    for index in errors:
-        values[index] = None
-    return values
+    odd = np.argwhere(~np.isfinite(rows)).tolist() if rows.dtype.kind == "f" else []
+    if all(index in errors for index, *_ in odd) and (odd or not errors):
+        return np.ascontiguousarray(rows)  # of which orjson writes NaN as null
+    flat = np.empty(rows.size, object)
+    flat[:] = list(rows.ravel())  # NumPy's own scalars, which orjson writes in the digits of their type
+    values = flat.reshape(rows.shape)
+    for place in map(tuple, odd):
+        values[place] = _NOT_FINITE[str(rows[place])]
+    values[list(errors)] = None
+    return values.tolist()
 
 
 def _strings(value: Any, binary: bool) -> Any:

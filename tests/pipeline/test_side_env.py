@@ -10,7 +10,7 @@ from pipeline import side_env
 from pipeline.side_env import SideEnvironment
 from trainer_module.errors import UserError
 
-ALL = (side_env.TORCH, side_env.FAISS, side_env.TPU_LOWER, side_env.TPU_COMPILE)
+ALL = (side_env.TORCH, side_env.FAISS, side_env.ATHERIS, side_env.TPU_LOWER, side_env.TPU_COMPILE)
 PRESENT = f"{sys.version_info[0]}.{sys.version_info[1]}"
 
 

@@ -136,7 +136,7 @@ def busy(server: Running) -> Iterator[threading.Event]:
 def running(model: Path | str, **settings) -> Iterator[Running]:
     """A server in a thread of this process, as `server.serve` makes it, without its signals."""
     config = ServeConfig(
-        **{"model": str(model), "rest_port": 0, "grpc_port": 0, "poll": 3600.0, "grace": 5.0} | settings
+        **{"model": str(model), "rest_port": 0, "grpc_port": 0, "workers": 1, "poll": 3600.0, "grace": 5.0} | settings
     )
     started, ended = threading.Event(), asyncio.Event()
     made: dict = {}

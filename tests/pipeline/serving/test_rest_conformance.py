@@ -1,6 +1,7 @@
 """REST as TensorFlow Serving documents it: its examples and its error codes, case by case, by plain requests.
 
-The cases are those of tensorflow_serving/g3doc/api_rest.md and of model_servers/http_rest_api_handler_test.cc.
+The cases are those of tensorflow_serving/g3doc/api_rest.md, model_servers/http_rest_api_handler_test.cc and
+util/json_tensor_test.cc.
 """
 
 import base64
@@ -31,6 +32,9 @@ def named(**changed) -> str:
         ([[1.0, 2.0], [3.0, 4.0]], [[2.5, 3.0], [3.5, 4.0]]),
         ([[[1, 2]], [[3, 4]]], [[[2.5, 3.0]], [[3.5, 4.0]]]),
         ([{"x": 3.0}, {"x": 4.0}], [3.5, 4.0]),
+        ([1, 2.0, 5.003, 0.007], [2.5, 3.0, 4.5015, 2.0035]),
+        ([16_777_214, -16_777_214], [8_388_609.0, -8_388_605.0]),
+        ([1e10, 16_777_216.0], [5e9, 8_388_610.0]),
     ],
 )
 def test_the_row_form_gives_predictions(half, where, instances, predictions):
@@ -69,14 +73,22 @@ def test_several_named_tensors_go_in_and_out_in_both_forms(half):
     assert answers[0]["predictions"] == [{name: column[row] for name, column in outputs.items()} for row in range(2)]
 
 
+@pytest.mark.parametrize("key", ["instances", "inputs"])
+def test_numbers_that_are_not_finite_go_in_and_out_by_their_names(half, key):
+    answer = half.post(f"{NAME}:predict", data=f'{{"{key}": [[NaN, 0.2], [Infinity, -Infinity]]}}')
+    assert answer.status_code == 200
+    assert answer.text.partition(":")[2] == "[[NaN,2.1],[Infinity,-Infinity]]}"
+
+
 def test_the_status_of_a_model_is_that_of_its_versions(half):
     version = {"version": "123", "state": "AVAILABLE", "status": {"error_code": "OK", "error_message": ""}}
     for path in (NAME, f"{NAME}/versions/123", f"{NAME}/labels/stable"):
         assert half.get(path).json() == {"model_version_status": [version]}
 
 
-def test_the_metadata_of_a_model_are_its_signatures(half):
-    document = half.get(f"{NAME}/metadata").json()
+@pytest.mark.parametrize("where", ["", "/versions/123", "/labels/stable"])
+def test_the_metadata_of_a_model_are_its_signatures(half, where):
+    document = half.get(f"{NAME}{where}/metadata").json()
     assert document["model_spec"] == {"name": "half_plus_two", "signature_name": "", "version": "123"}
     signatures = document["metadata"]["signature_def"]["signature_def"]
     assert signatures["serving_default"]["inputs"]["x"]["tensor_shape"] == {"dim": [], "unknown_rank": True}
@@ -133,6 +145,7 @@ def test_an_unknown_model_or_version_is_404(half, path, words):
         ("/v1/models/foo", "Could not find any versions of model foo"),
         (f"{NAME}/versions/99", "Could not find version 99 of model half_plus_two"),
         ("/v1/models/foo/metadata", "Servable not found for request: Latest(foo)"),
+        (f"{NAME}/versions/99/metadata", "Servable not found for request: Specific(half_plus_two, 99)"),
         ("/index", "no such page"),
     ],
 )
@@ -166,6 +179,11 @@ def test_the_status_of_what_is_not_there_is_404(half, path, words):
         ('{"inputs": {"y": 1}}', "Missing named input: x"),
         ('{"inputs": 5}', "has shape []"),
         ('{"instances": [1e300]}', "without loss of precision"),
+        ('{"instances": [16777216]}', "without loss of precision"),
+        ('{"instances": [[1.5], [-16777217]]}', "without loss of precision"),
+        ('{"instances": [NaN, 1}', "JSON Parse error: "),
+        ('{"instances": [NaN], "signature_name": "\\ud800"}', "half of a surrogate pair"),
+        ('{"signature_name": ["NaN", NaN]}', "'signature_name' key must be a string value."),
         ('{"signature_name": "named", "instances": [1]}', "expecting list of objects"),
         ('{"signature_name": "named", "inputs": [1]}', "expecting an object"),
         ('{"signature_name": "one_number", "instances": [1, 2]}', "has not one row for each instance"),
@@ -182,6 +200,18 @@ def test_the_status_of_what_is_not_there_is_404(half, path, words):
             "Unable to base64 decode",
         ),
         (
+            named(tag=[{"b64": 1}]),
+            "not formatted correctly for base64 data",
+        ),
+        (
+            named(tag=[{"b64": "YQ==", "x": 1}]),
+            "not formatted correctly for base64 data",
+        ),
+        (
+            named(signal=[[1, 2, 3, 4, 5.0]]),
+            "is not of expected type: integer",
+        ),
+        (
             named(signal=[[1, 2, 3, 4, 5_000_000_000]]),
             "without loss of precision",
         ),
@@ -194,8 +224,13 @@ def test_a_body_that_is_wrong_is_400_with_what_is_wrong(half, body, words):
 
 
 def test_an_unknown_label_and_another_api_are_400(half):
-    answer = half.post(f"{NAME}/labels/nonexistent:predict", json={"instances": [1]})
-    assert (answer.status_code, "Unrecognized servable version label" in answer.text) == (400, True)
+    unknown = f"{NAME}/labels/nonexistent"
+    for answer in (
+        half.post(f"{unknown}:predict", json={"instances": [1]}),
+        half.get(unknown),
+        half.get(f"{unknown}/metadata"),
+    ):
+        assert (answer.status_code, "Unrecognized servable version label" in answer.text) == (400, True)
     for method in ("classify", "regress"):
         answer = half.post(f"{NAME}:{method}", json={"examples": [{"x": 1.0}]})
         assert (answer.status_code, f"tensorflow/serving/{method}" in answer.text) == (400, True)
