@@ -29,6 +29,9 @@ from trainer_module.run_fn import Experiment
 from trainer_module.torch_weights import digest
 
 
+_NOT_OF_THE_MODEL = ("beam.", "cloud.")  # where its stages ran
+
+
 @dataclasses.dataclass(frozen=True)
 class Places:
     """Where a runner keeps things.
@@ -183,7 +186,7 @@ def create_pipeline(config: Config, places: Places, runner: Runner) -> tfx.dsl.P
         blessing=evaluator.outputs["blessing"],
         name=config.name,
         statement=config.card,
-        config={key: value for key, value in flatten(config).items() if not key.startswith("cloud.")},
+        config={key: value for key, value in flatten(config).items() if not key.startswith(_NOT_OF_THE_MODEL)},
         code=code,
         project=__version__,
     ).with_id("ModelCard")

@@ -6,12 +6,13 @@ result.json. The same command continues a killed run and takes from the cache wh
 
 import contextlib
 import datetime
+import functools
 import itertools
 import os
 import shutil
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,15 @@ from tfx import v1 as tfx
 from tfx.orchestration import metadata
 from tfx.orchestration.local import local_dag_runner, runner_utils
 from tfx.orchestration.portable import launcher, runtime_parameter_utils
+from tfx.orchestration.portable.beam_executor_operator import BeamExecutorOperator
 from tfx.orchestration.portable.mlmd import execution_lib
-from tfx.proto.orchestration import pipeline_pb2
+from tfx.proto.orchestration import pipeline_pb2, placeholder_pb2
 
 from components import disk
 from components.pusher import publish
-from components.view_augmenter.executor import Job, check_space
-from pipeline import console, database, report
+from components.view_augmenter.executor import check_space
+from components.view_augmenter.stages import Job
+from pipeline import console, database, engines, report
 from pipeline.beam import BEAM_ARGUMENTS
 from pipeline.config import Config, to_yaml
 from pipeline.create_pipeline import LocalRunner, Places, create_pipeline, make_experiment
@@ -65,6 +68,7 @@ def run(config: Config, images: str, home: Path, *, require_blessing: bool = Fal
 def _run(config: Config, images: str, home: Path, require_blessing: bool) -> int:
     prepare(config.train)
     check_encoder(config.encoder, config.augment.size)
+    engines.check(config.beam)
     serving = config.publish.to or str(home / "serving" / "encoder")
     places = Places(str(home / "artifacts"), serving, _checkpoints(config, home))
     # Known now, and not only once the Trainer finds them.
@@ -92,13 +96,16 @@ def _run(config: Config, images: str, home: Path, require_blessing: bool) -> int
             clear(places.checkpoints, LOGS, RESULT_FILE)
 
     began = time.monotonic()
-    runner = _Runner(finished)
+    ending = contextlib.ExitStack()  # of the engine, which is not started where all stages are cached
+    runner = _Runner(finished, functools.cache(lambda: ending.enter_context(engines.started(config.beam))))
     try:
         runner.run(create_pipeline(config, places, LocalRunner(images, connection, BEAM_ARGUMENTS)))
     except BaseException as error:
         with contextlib.suppress(OSError):  # where the disk is full, the error says so already
             _write(home / "result.json", report.failed(nodes, runner.current, error, time.monotonic() - began))
         raise
+    finally:
+        ending.close()
     result = report.collect(nodes, time.monotonic() - began)
     _write(home / "result.json", report.to_json(result))
     for line in report.summary(result, nodes, config, images, home):
@@ -123,9 +130,10 @@ def _check_sizes(config: Config, train: int, root: str, *, stored: bool) -> None
 class _Runner(local_dag_runner.LocalDagRunner):
     """LocalDagRunner that says of each node what came of it."""
 
-    def __init__(self, finished: Callable[[report.Node], None]) -> None:
+    def __init__(self, finished: Callable[[report.Node], None], engine: Callable[[], Sequence[str]]) -> None:
         super().__init__()
         self._finished = finished
+        self._engine = engine
         self.current = ""
 
     def run_with_ir(self, pipeline: pipeline_pb2.Pipeline, run_options: pipeline_pb2.RunOptions | None = None) -> None:
@@ -151,6 +159,7 @@ class _Runner(local_dag_runner.LocalDagRunner):
                 executor_spec=runner_utils.extract_executor_spec(deployment, self.current),
                 custom_driver_spec=runner_utils.extract_custom_driver_spec(deployment, self.current),
             )
+            node_launcher.engine = self._engine
             execution = node_launcher.launch()
             if execution and execution.execution_id:
                 seconds = time.monotonic() - began
@@ -167,11 +176,17 @@ class _Metadata(metadata.Metadata):
 
 
 class _Launcher(launcher.Launcher):
-    """A launcher that clocks the executor apart from driver, metadata and publishing, and makes its outputs last."""
+    """A launcher that clocks the executor apart from driver, metadata and publishing, and makes its outputs last.
 
+    Beam's flags are given to the executor only now: they would be part of the cache key, and no result depends on them.
+    """
+
+    engine: Callable[[], Sequence[str]]
     executor_seconds = 0.0
 
     def _run_executor(self, execution_info: Any) -> Any:
+        if isinstance(self._executor_operator, BeamExecutorOperator):
+            self._executor_operator.beam_pipeline_args = [_constant(flag) for flag in self.engine()]
         began = time.monotonic()
         try:
             done = super()._run_executor(execution_info)
@@ -181,6 +196,12 @@ class _Launcher(launcher.Launcher):
         for artifact in itertools.chain(*execution_info.output_dict.values()):
             disk.flush(artifact.uri)
         return done
+
+
+def _constant(text: str) -> placeholder_pb2.PlaceholderExpression:
+    expression = placeholder_pb2.PlaceholderExpression()
+    expression.value.string_value = text
+    return expression
 
 
 def _outcome(
