@@ -23,6 +23,7 @@ from trainer_module.errors import UserError
 _START_SECONDS = 60.0
 _POLL_SECONDS = 0.05
 _END_SECONDS = 10.0
+_JOB_SECONDS = 10**7  # Beam ends the wait for a job with it
 
 
 @contextlib.contextmanager
@@ -48,8 +49,12 @@ def started(config: BeamConfig) -> Iterator[tuple[str, ...]]:
         yield (*start(config, folder, ending), f"--files_to_stage={code}", "--sdk_container_image=none")
 
 
-def check(config: BeamConfig) -> None:
+def check(config: BeamConfig, seconds: float = _START_SECONDS) -> None:
     """Asks a scheduler that must be there already.
+
+    Args:
+        config: a valid configuration.
+        seconds: to wait for it at the most.
 
     Raises:
         UserError: it does not answer.
@@ -57,7 +62,7 @@ def check(config: BeamConfig) -> None:
     if config.address:
         from pipeline.engines import dask_runner
 
-        dask_runner.check(config.address, _START_SECONDS)
+        dask_runner.check(config.address, seconds)
 
 
 def cores() -> int:
@@ -85,6 +90,7 @@ def _job_server(config: BeamConfig, folder: Path, ending: contextlib.ExitStack) 
         f"--job_endpoint={address}",
         "--environment_type=PROCESS",
         f"--environment_option=process_command={worker}",
+        f"--job_server_timeout={_JOB_SECONDS}",
         "--experiments=disable_logging_submission_environment",  # it would ask pip for all packages, for each stage
     )
 

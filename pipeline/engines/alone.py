@@ -54,20 +54,24 @@ def _beam_worker(arguments: list[str]) -> None:
     told = parser.parse_args(arguments)
 
     import grpc
-    from apache_beam.portability.api import beam_artifact_api_pb2_grpc, beam_provision_api_pb2, endpoints_pb2
-    from apache_beam.portability.api.beam_provision_api_pb2_grpc import ProvisionServiceStub
+    from apache_beam.portability.api import beam_artifact_api_pb2_grpc, beam_provision_api_pb2
+    from apache_beam.portability.api import beam_provision_api_pb2_grpc as provision
+    from apache_beam.portability.api import beam_runner_api_pb2, endpoints_pb2
     from apache_beam.runners.portability.artifact_service import resolve_artifacts
     from apache_beam.runners.worker import sdk_worker_main
     from google.protobuf import json_format, text_format
 
     with grpc.insecure_channel(told.provision_endpoint) as channel:
         request = beam_provision_api_pb2.GetProvisionInfoRequest()
-        info = ProvisionServiceStub(channel).GetProvisionInfo(request, metadata=[("worker_id", told.id)]).info
+        info = provision.ProvisionServiceStub(channel).GetProvisionInfo(request, metadata=[("worker_id", told.id)]).info
     staged = tempfile.mkdtemp(dir=told.semi_persist_dir)
     with grpc.insecure_channel(told.artifact_endpoint) as channel:
         retrieval = beam_artifact_api_pb2_grpc.ArtifactRetrievalServiceStub(channel)
-        resolve_artifacts(info.dependencies, retrieval, staged)
-    sys.path[0:0] = sorted(str(path) for path in Path(staged).glob("*.zip"))
+        files = resolve_artifacts(info.dependencies, retrieval, staged)
+    for file in files:
+        name = beam_runner_api_pb2.ArtifactStagingToRolePayload.FromString(file.role_payload).staged_name
+        if name.endswith(".zip"):
+            sys.path.insert(0, beam_runner_api_pb2.ArtifactFilePayload.FromString(file.type_payload).path)
 
     def endpoint(url: str) -> str:
         return text_format.MessageToString(endpoints_pb2.ApiServiceDescriptor(url=url))

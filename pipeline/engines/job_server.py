@@ -26,11 +26,12 @@ from apache_beam.runners.portability.local_job_service import BeamJob, LocalJobS
 ATTEMPTS = 4  # as many as Dask and Dataflow give a piece of work
 _ABORT_SECONDS = 0.5
 _END_SECONDS = 5.0
+_CLOSED = "Channel closed prematurely"  # what Beam says where the worker's data came to no end
 
 _LOG = logging.getLogger(__name__)
 
 
-class LostWorker(RuntimeError):
+class LostWorkerError(RuntimeError):
     """A worker process ended while it was needed."""
 
 
@@ -69,7 +70,7 @@ class ProcessWorker(GrpcWorkerHandler):
     def _watch(self) -> None:
         """Has everyone give up who waits for an answer, and goes on, since more may be asked meanwhile."""
         code = self._process.wait()
-        lost = LostWorker(f"the worker process {self._process.pid} ended with {code}")
+        lost = LostWorkerError(f"the worker process {self._process.pid} ended with {code}")
         while not self._stopping.is_set():
             self.control_conn.abort(lost)
             self._stopping.wait(_ABORT_SECONDS)
@@ -85,12 +86,16 @@ class Job(BeamJob):
 
     def _invoke_runner(self) -> Any:
         self.set_state(beam_job_api_pb2.JobState.RUNNING)
-        for _ in range(ATTEMPTS - 1):
-            try:
-                return self._attempt()
-            except LostWorker as lost:
-                _LOG.warning("%s; the job begins again", lost)
-        return self._attempt()
+        return self._with_attempts_left(ATTEMPTS - 1)
+
+    def _with_attempts_left(self, more: int) -> Any:
+        try:
+            return self._attempt()
+        except RuntimeError as error:
+            if not more or not (isinstance(error, LostWorkerError) or _CLOSED in str(error)):
+                raise
+            _LOG.warning("a worker was lost (%s); the job begins again", error)
+        return self._with_attempts_left(more - 1)
 
     def _attempt(self) -> Any:
         runner = FnApiRunner(provision_info=self._provision_info)

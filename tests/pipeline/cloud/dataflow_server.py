@@ -1,4 +1,4 @@
-"""Dataflow on loopback: an HTTP server that speaks its v1b3 API as far as a client that begins a job and asks after it."""
+"""Dataflow on loopback: an HTTP server that speaks its v1b3 API as far as a client that begins a job asks."""
 
 import contextlib
 import json
@@ -26,7 +26,7 @@ class DataflowServer(ThreadingHTTPServer):
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}/"
+        return f"http://localhost:{self.server_port}/"  # the one name that Beam takes with a port
 
 
 class _Handler(BaseHTTPRequestHandler):
