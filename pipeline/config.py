@@ -687,7 +687,8 @@ def _impossible_beam(beam: BeamConfig) -> Iterator[str]:
     if beam.address and not _SCHEDULER.fullmatch(beam.address):
         yield f"beam.address={_show(beam.address)} is no address of a Dask scheduler; e.g. beam.address=tcp://HOST:8786"
     if beam.address and beam.engine is not Engine.dask:
-        yield f"beam.address={_show(beam.address)} has no use with beam.engine={beam.engine.name}; e.g. beam.engine=dask"
+        engine = beam.engine.name
+        yield f"beam.address={_show(beam.address)} has no use with beam.engine={engine}; e.g. beam.engine=dask"
     if beam.workers and (beam.engine is Engine.memory or beam.address):
         whose = f"beam.address={_show(beam.address)}" if beam.address else f"beam.engine={beam.engine.name}"
         yield f"beam.workers={beam.workers} has no use with {whose}, which starts none; e.g. beam.workers=0"

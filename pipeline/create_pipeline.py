@@ -28,7 +28,6 @@ from trainer_module import run_fn
 from trainer_module.run_fn import Experiment
 from trainer_module.torch_weights import digest
 
-
 _NOT_OF_THE_MODEL = ("beam.", "cloud.")  # where its stages ran
 
 

@@ -18,7 +18,6 @@ from pathlib import Path
 from pipeline.beam import BEAM_ARGUMENTS
 from pipeline.engines import alone, archive
 from pipeline.engines.config import BeamConfig, Engine
-from trainer_module.errors import UserError
 
 _START_SECONDS = 60.0
 _POLL_SECONDS = 0.05
@@ -37,7 +36,7 @@ def started(config: BeamConfig) -> Iterator[tuple[str, ...]]:
         Beam's flags for it.
 
     Raises:
-        UserError: there is no scheduler at the address.
+        UserError: no Dask scheduler is at the address.
         RuntimeError: the engine did not start.
     """
     if config.engine is Engine.memory:
@@ -117,9 +116,10 @@ def _alone(what: str) -> list[str]:
 
 
 def _process(command: Sequence[str], folder: Path, ending: contextlib.ExitStack) -> subprocess.Popen[bytes]:
-    log = ending.enter_context(open(folder / "log", "ab"))
-    root = Path(__file__).resolve().parents[2]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log, cwd=root, start_new_session=True)
+    with open(folder / "log", "ab") as log:
+        process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=log, stderr=log, cwd=archive.ROOT, start_new_session=True
+        )
     ending.callback(_end, process)
     return process
 
@@ -141,4 +141,4 @@ def _wait(process: subprocess.Popen[bytes], folder: Path, ready: Callable[[], st
             return found
         time.sleep(_POLL_SECONDS)
     text = (folder / "log").read_text(errors="replace")
-    raise RuntimeError(f"Beam's engine did not start: {' '.join(map(str, process.args))}\n{text[-4000:]}")
+    raise RuntimeError(f"Beam's engine did not start: {process.args!r}\n{text[-4000:]}")

@@ -7,6 +7,7 @@ of PACKAGES off the module path, so this project is not there.
 """
 
 import argparse
+import multiprocessing
 import os
 import sys
 import tempfile
@@ -27,8 +28,12 @@ def main(packages: str, what: str, arguments: list[str]) -> None:
         return
     threading.Thread(target=_end_with_the_parent, daemon=True).start()
     if what == DASK_WORKER:
+        import dask
         from distributed.cli import dask_worker
 
+        # Workers, and those that take the place of lost ones, are forked from one process that has imported them.
+        multiprocessing.set_forkserver_preload(["apache_beam", "distributed", "tensorflow"])
+        dask.config.set({"distributed.worker.multiprocessing-method": "forkserver"})
         dask_worker.main(arguments)
     else:
         from distributed.cli import dask_scheduler
@@ -54,9 +59,13 @@ def _beam_worker(arguments: list[str]) -> None:
     told = parser.parse_args(arguments)
 
     import grpc
-    from apache_beam.portability.api import beam_artifact_api_pb2_grpc, beam_provision_api_pb2
+    from apache_beam.portability.api import (
+        beam_artifact_api_pb2_grpc,
+        beam_provision_api_pb2,
+        beam_runner_api_pb2,
+        endpoints_pb2,
+    )
     from apache_beam.portability.api import beam_provision_api_pb2_grpc as provision
-    from apache_beam.portability.api import beam_runner_api_pb2, endpoints_pb2
     from apache_beam.runners.portability.artifact_service import resolve_artifacts
     from apache_beam.runners.worker import sdk_worker_main
     from google.protobuf import json_format, text_format

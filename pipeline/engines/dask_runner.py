@@ -141,6 +141,7 @@ class _Read(beam.PTransform):
         return beam.PCollection(begin.pipeline, is_bounded=True)
 
     def get_windowing(self, inputs: Any) -> beam.Windowing:
+        del inputs
         return beam.Windowing(GlobalWindows())
 
 
@@ -166,7 +167,7 @@ class _Lift(PTransformOverride):
         return type(applied.transform) is CombinePerKey and not applied.side_inputs
 
     def get_replacement_transform_for_applied_ptransform(self, applied: AppliedPTransform) -> beam.PTransform:
-        transform = applied.transform
+        transform: Any = applied.transform
         return LiftedCombinePerKey(transform.fn, transform.args, transform.kwargs)
 
 
@@ -179,9 +180,9 @@ class _Graph(PipelineVisitor):
 
     def __init__(self, partitions: int) -> None:
         self.partitions = partitions
-        self._parts: dict[beam.PCollection, list[Delayed]] = {}
-        self._whole: dict[beam.PCollection, Delayed] = {}
-        self._used: set[beam.PCollection] = set()
+        self._parts: dict[beam.pvalue.PValue, list[Delayed]] = {}
+        self._whole: dict[beam.pvalue.PValue, Delayed] = {}
+        self._used: set[beam.pvalue.PValue] = set()
         self._translate: Mapping[type, Callable[[AppliedPTransform], None]] = {
             Impulse: self._impulse,
             beam.ParDo: self._par_do,
@@ -205,7 +206,8 @@ class _Graph(PipelineVisitor):
         if translate is None:
             raise NotImplementedError(f"{node.full_label}: the Dask engine knows no {type(node.transform).__name__}")
         for output in node.outputs.values():
-            if not isinstance(output.windowing.windowfn, GlobalWindows):
+            windowing: Any = getattr(output, "windowing", None)
+            if not isinstance(windowing.windowfn, GlobalWindows):
                 raise NotImplementedError(f"{node.full_label}: the Dask engine knows the global window alone")
         self._used.update(node.inputs)
         translate(node)
@@ -214,11 +216,11 @@ class _Graph(PipelineVisitor):
         self._give(node, [_task(node, dask_steps.impulse, 0)])
 
     def _par_do(self, node: AppliedPTransform) -> None:
-        transform = node.transform
+        transform: Any = node.transform
         if DoFnSignature(transform.fn).is_splittable_dofn():
             raise NotImplementedError(f"{node.full_label}: the Dask engine knows no splittable DoFn")
         views = [(type(side), side._view_options()) for side in node.side_inputs]
-        main = node.outputs[None] if None in node.outputs else next(iter(node.outputs.values()))
+        main: Any = node.outputs[None] if None in node.outputs else next(iter(node.outputs.values()))
         data = (transform.fn, transform.args, transform.kwargs, views, main.windowing, node.full_label)
         step = dask.delayed(dask_steps.Step(uuid.uuid4().hex, pickler.dumps(data)))
         sides = [self._gathered(side.pvalue) for side in node.side_inputs]
@@ -246,7 +248,8 @@ class _Graph(PipelineVisitor):
         self._give(node, [_task(node, dask_steps.joined, n, n, *dealt) for n in range(self.partitions)])
 
     def _read(self, node: AppliedPTransform) -> None:
-        bundles = node.transform.source.split(_READ_BYTES)
+        transform: Any = node.transform
+        bundles = transform.source.split(_READ_BYTES)
         self._give(node, [_task(node, dask_steps.read, n, pickler.dumps(one)) for n, one in enumerate(bundles)])
 
     def _input(self, node: AppliedPTransform) -> list[Delayed]:

@@ -69,7 +69,8 @@ def run(step: Step, elements: Elements, *sides: Elements) -> Outputs:
     """
     if not elements:
         return {}
-    ready = distributed.get_worker().plugins[Steps.name].ready[step.id]
+    plugin: Any = distributed.get_worker().plugins[Steps.name]
+    ready = plugin.ready[step.id]
     bundle = ready.pop() if ready else _bundle(step, sides)
     outputs = bundle.process(elements)
     ready.append(bundle)  # not after an error, which leaves it in whatever state

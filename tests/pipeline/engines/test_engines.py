@@ -1,4 +1,7 @@
-"""The ingestion on engines of several processes: the bytes of a run in one process, though a worker is killed."""
+"""Engines of several processes: the bytes of a run in one process, though a worker is killed.
+
+The job server with worker processes costs half a minute of processor time: ./moco bench scale runs both engines.
+"""
 
 import contextlib
 import hashlib
@@ -60,13 +63,12 @@ class Assassin(threading.Thread):
     """Kills one worker process, once a shard of many has been written.
 
     Attributes:
-        shards: that were there by then.
-        killed: the process.
+        in_time: whether there was still something to do.
     """
 
     def __init__(self, out: Path) -> None:
         super().__init__(daemon=True)
-        self._out, self.shards, self.killed = out, 0, 0
+        self._out, self.in_time = out, False
 
     def run(self) -> None:
         while not (victims := [one for one in psutil.Process().children(recursive=True) if _has_loaded_our_code(one)]):
@@ -75,7 +77,7 @@ class Assassin(threading.Thread):
             time.sleep(0.001)
         worker = victims[0]
         worker.kill()
-        self.shards, self.killed = len([*self._out.glob("Split-*/*")]), worker.pid
+        self.in_time = not (self._out / ".scratch" / "counts.json").exists()
 
 
 def _has_loaded_our_code(process: psutil.Process) -> bool:
@@ -84,14 +86,12 @@ def _has_loaded_our_code(process: psutil.Process) -> bool:
     return False
 
 
-@pytest.mark.parametrize("engine", [Engine.processes, Engine.dask])
-def test_a_killed_worker_changes_no_byte(engine, source, expected, tmp_path):
+def test_a_killed_worker_changes_no_byte_on_dask(source, expected, tmp_path):
     assassin, before = Assassin(tmp_path / "out"), psutil.Process().children(recursive=True)
-    with engines.started(BeamConfig(engine, workers=2)) as flags:
+    with engines.started(BeamConfig(Engine.dask, workers=2)) as flags:
         assassin.start()
         made = ingest(source, tmp_path / "out", flags)
-    assert assassin.killed
-    assert assassin.shards < len(expected) - 2, "the worker was killed when all was done"
+    assert assassin.in_time
     assert made == expected
     assert set(psutil.Process().children(recursive=True)) <= set(before)
 
