@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import os
 import tempfile
 import threading
@@ -44,7 +45,8 @@ def measure() -> Mapping[str, float]:
     Returns:
         images_per_second_1_worker, _2_workers: on Dask, workers warm; ratio_2_to_1 of them.
         seconds_1x, _4x, _16x, ms_per_image_1x, …: with two workers, warm, for 500, 2,000 and 8,000 images.
-        slope: of the logarithm of the seconds over that of the images, by least squares; 1 is linear.
+        more_ms_per_image_1x_to_4x, _4x_to_16x: the slopes: what each further image takes; equal ones are linear growth.
+        slope_of_logarithms: of the seconds over the images, by least squares: 1 is linear, less has a fixed part.
         worker_peak_mib_1x, …: resident memory of the largest worker.
         same_bytes_processes, same_bytes_dask, same_bytes_after_kill_processes, same_bytes_after_kill_dask: 1 where the
             files are those of a run in this process.
@@ -100,7 +102,10 @@ def _by_images(folder: Path, sources: Mapping[int, Path]) -> dict[str, float]:
         figures[f"ms_per_image_{times}x"] = 1000 * run.seconds / (times * _FEWEST)
         figures[f"worker_peak_mib_{times}x"] = run.peak_mib
     seconds = [run.seconds for run in runs.values()]
-    figures["slope"] = float(np.polyfit(np.log([*runs]), np.log(seconds), 1)[0])
+    for few, many in itertools.pairwise(_TIMES):
+        more = (runs[many].seconds - runs[few].seconds) / ((many - few) * _FEWEST)
+        figures[f"more_ms_per_image_{few}x_to_{many}x"] = 1000 * more
+    figures["slope_of_logarithms"] = float(np.polyfit(np.log([*runs]), np.log(seconds), 1)[0])
     return figures
 
 
