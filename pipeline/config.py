@@ -30,6 +30,7 @@ from components.pusher.config import PublishConfig
 from components.serving_check.config import ServingCheckConfig
 from pipeline.cloud import machines
 from pipeline.cloud.config import CloudConfig
+from pipeline.engines.config import BeamConfig, Engine
 from trainer_module.config import (
     AugmentConfig,
     EncoderConfig,
@@ -55,7 +56,7 @@ class Config:
     Attributes:
         name: names the experiment in reports and in the model's card; letters, digits, dot, dash, underscore.
         seed: from which every random draw is derived.
-        ingest, image, augment, encoder, train, evaluate, serving_check, card, publish, cloud: see their classes.
+        ingest, image, augment, encoder, train, evaluate, serving_check, card, publish, beam, cloud: see their classes.
     """
 
     name: str = "moco"
@@ -69,6 +70,7 @@ class Config:
     serving_check: ServingCheckConfig = ServingCheckConfig()
     card: CardConfig = CardConfig()
     publish: PublishConfig = PublishConfig()
+    beam: BeamConfig = BeamConfig()
     cloud: CloudConfig = CloudConfig()
 
 
@@ -185,6 +187,7 @@ RANGES: Mapping[str, Range] = {
     "serving_check.tolerance": _positive(1),
     "serving_check.max_latency_ms": Range(0, 10**7),
     "publish.keep": Range(0, 10**6),
+    "beam.workers": Range(0, 1024),
     "cloud.dataflow.max_workers": Range(1, 4000),
     "cloud.dataflow.disk_gb": Range(10, 65_536),
     "cloud.worker.cpus": Range(0.5, 416),
@@ -591,6 +594,7 @@ def _impossible(config: Config) -> Iterator[str]:
     yield from _impossible_training(config)
     yield from _impossible_slices(config.evaluate)
     yield from _impossible_publication(config)
+    yield from _impossible_beam(config.beam)
     yield from _impossible_cloud(config)
 
 
@@ -674,6 +678,20 @@ def _impossible_publication(config: Config) -> Iterator[str]:
             f"publish.to={_show(to)} is neither a directory nor gs://BUCKET/PATH; e.g. publish.to=gs://"
             f"{to[scheme.end() :].lstrip('/') or 'BUCKET/PATH'}"
         )
+
+
+_SCHEDULER = re.compile(r"(tcp|tls)://[^/\s]+:\d{1,5}")
+
+
+def _impossible_beam(beam: BeamConfig) -> Iterator[str]:
+    if beam.address and not _SCHEDULER.fullmatch(beam.address):
+        yield f"beam.address={_show(beam.address)} is no address of a Dask scheduler; e.g. beam.address=tcp://HOST:8786"
+    if beam.address and beam.engine is not Engine.dask:
+        engine = beam.engine.name
+        yield f"beam.address={_show(beam.address)} has no use with beam.engine={engine}; e.g. beam.engine=dask"
+    if beam.workers and (beam.engine is Engine.memory or beam.address):
+        whose = f"beam.address={_show(beam.address)}" if beam.address else f"beam.engine={beam.engine.name}"
+        yield f"beam.workers={beam.workers} has no use with {whose}, which starts none; e.g. beam.workers=0"
 
 
 _CLOUD_PLACES = ("cloud.root", "cloud.images", "cloud.dataflow.temp")

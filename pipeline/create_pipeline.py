@@ -29,6 +29,8 @@ from trainer_module.config import is_conduct
 from trainer_module.run_fn import Experiment
 from trainer_module.torch_weights import digest
 
+_NOT_OF_THE_MODEL = ("beam.", "cloud.")  # where its stages ran
+
 
 @dataclasses.dataclass(frozen=True)
 class Places:
@@ -190,7 +192,7 @@ def create_pipeline(config: Config, places: Places, runner: Runner) -> tfx.dsl.P
         config={
             key: value
             for key, value in flatten(config).items()
-            if not (key.startswith("cloud.") or is_conduct(key))  # a model from the cache may know of others
+            if not (key.startswith(_NOT_OF_THE_MODEL) or is_conduct(key))  # a model from the cache may know of others
         },
         code=code,
         project=__version__,

@@ -6,13 +6,14 @@ result.json. The same command continues a killed run and takes from the cache wh
 
 import contextlib
 import datetime
+import functools
 import itertools
 import os
 import shutil
 import time
 import types
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +22,17 @@ from tfx import v1 as tfx
 from tfx.orchestration import metadata
 from tfx.orchestration.local import local_dag_runner, runner_utils
 from tfx.orchestration.portable import launcher, runtime_parameter_utils
+from tfx.orchestration.portable.beam_executor_operator import BeamExecutorOperator
 from tfx.orchestration.portable.mlmd import execution_lib
-from tfx.proto.orchestration import pipeline_pb2
+from tfx.proto.orchestration import pipeline_pb2, placeholder_pb2
 from tfx.types.standard_component_specs import CUSTOM_CONFIG_KEY
 from tfx.utils import json_utils
 
 from components import disk
 from components.pusher import publish
-from components.view_augmenter.executor import Job, check_space
-from pipeline import console, database, report
+from components.view_augmenter.executor import check_space
+from components.view_augmenter.stages import Job
+from pipeline import console, database, engines, report
 from pipeline.beam import BEAM_ARGUMENTS
 from pipeline.config import Config, to_yaml
 from pipeline.create_pipeline import LocalRunner, Places, create_pipeline, make_experiment
@@ -68,6 +71,7 @@ def run(config: Config, images: str, home: Path, *, require_blessing: bool = Fal
 def _run(config: Config, images: str, home: Path, require_blessing: bool) -> int:
     prepare(config.train)
     check_encoder(config.encoder, config.augment.size)
+    engines.check(config.beam)
     serving = config.publish.to or str(home / "serving" / "encoder")
     places = Places(str(home / "artifacts"), serving, _checkpoints(config, home))
     experiment = make_experiment(config, places, digest(config.encoder.weights))
@@ -97,13 +101,17 @@ def _run(config: Config, images: str, home: Path, require_blessing: bool) -> int
     began = time.monotonic()
     # How a training is carried out has no part in the cache key: changed afterwards, it asks for no other model.
     told = {CUSTOM_CONFIG_KEY: json_utils.dumps(experiment.to_custom_config())}
-    runner = _Runner(finished, {"Trainer": told})
+    ending = contextlib.ExitStack()  # of the engine, which is not started where all stages are cached
+    engine = functools.cache(lambda: ending.enter_context(engines.started(config.beam)))
+    runner = _Runner(finished, {"Trainer": told}, engine)
     try:
         runner.run(create_pipeline(config, places, LocalRunner(images, connection, BEAM_ARGUMENTS)))
     except BaseException as error:
         with contextlib.suppress(OSError):  # where the disk is full, the error says so already
             _write(home / "result.json", report.failed(nodes, runner.current, error, time.monotonic() - began))
         raise
+    finally:
+        ending.close()
     result = report.collect(nodes, time.monotonic() - began)
     _write(home / "result.json", report.to_json(result))
     for line in report.summary(result, nodes, config, images, home):
@@ -131,11 +139,17 @@ class _Runner(local_dag_runner.LocalDagRunner):
     Args:
         finished: is told of each node.
         told: node -> execution properties for its executor, in place of those that the cache is asked with.
+        engine: starts what Beam's stages run on, and gives the flags for it.
     """
 
-    def __init__(self, finished: Callable[[report.Node], None], told: Mapping[str, Mapping[str, str]]) -> None:
+    def __init__(
+        self,
+        finished: Callable[[report.Node], None],
+        told: Mapping[str, Mapping[str, str]],
+        engine: Callable[[], Sequence[str]],
+    ) -> None:
         super().__init__()
-        self._finished, self._told = finished, told
+        self._finished, self._told, self._engine = finished, told, engine
         self.current = ""
 
     def run_with_ir(self, pipeline: pipeline_pb2.Pipeline, run_options: pipeline_pb2.RunOptions | None = None) -> None:
@@ -162,6 +176,7 @@ class _Runner(local_dag_runner.LocalDagRunner):
                 custom_driver_spec=runner_utils.extract_custom_driver_spec(deployment, self.current),
             )
             node_launcher.told = self._told.get(self.current, {})
+            node_launcher.engine = self._engine
             execution = node_launcher.launch()
             if execution and execution.execution_id:
                 seconds = time.monotonic() - began
@@ -178,13 +193,19 @@ class _Metadata(metadata.Metadata):
 
 
 class _Launcher(launcher.Launcher):
-    """A launcher that clocks the executor apart from driver, metadata and publishing, and makes its outputs last."""
+    """A launcher that clocks the executor apart from driver, metadata and publishing, and makes its outputs last.
 
+    Beam's flags are given to the executor only now: they would be part of the cache key, and no result depends on them.
+    """
+
+    engine: Callable[[], Sequence[str]]
     executor_seconds = 0.0
     told: Mapping[str, str] = types.MappingProxyType({})  # see _Runner
 
     def _run_executor(self, execution_info: Any) -> Any:
         execution_info.exec_properties.update(self.told)
+        if isinstance(self._executor_operator, BeamExecutorOperator):
+            self._executor_operator.beam_pipeline_args = [_constant(flag) for flag in self.engine()]
         began = time.monotonic()
         try:
             done = super()._run_executor(execution_info)
@@ -194,6 +215,12 @@ class _Launcher(launcher.Launcher):
         for artifact in itertools.chain(*execution_info.output_dict.values()):
             disk.flush(artifact.uri)
         return done
+
+
+def _constant(text: str) -> placeholder_pb2.PlaceholderExpression:
+    expression = placeholder_pb2.PlaceholderExpression()
+    expression.value.string_value = text
+    return expression
 
 
 def _outcome(

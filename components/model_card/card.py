@@ -28,7 +28,7 @@ class Data:
         span, version: of the source, as TFX counts them; None where it has none.
         fingerprint: of the source's listing.
         manifest: names the ingested images by content, split and label, see
-            components.image_example_gen.executor.identity; None where the ingestion was another's.
+            components.image_example_gen.stages.identity; None where the ingestion was another's.
         counts: images read, ingested, quarantined, duplicates, train, eval, …, as in ingest.json.
         labels: images of each label by split.
     """

@@ -155,17 +155,17 @@ def _run_augmenter(folder: pathlib.Path, config: AugmentConfig) -> Rate:
     import apache_beam as beam
     import tensorflow as tf
 
-    from components.view_augmenter import executor
+    from components.view_augmenter import files, stages
 
     tf.config.threading.set_intra_op_parallelism_threads(1)
     tf.config.threading.set_inter_op_parallelism_threads(1)
     encoded = [path.read_bytes() for path in sorted((folder / "images").iterdir())]
     _write_examples(folder / "examples", encoded)
-    job = executor.Job(str(folder / "views"), ImageConfig(), config, _SEED, len(encoded))
+    job = stages.Job(str(folder / "views"), ImageConfig(), config, _SEED, len(encoded))
     pathlib.Path(job.split_folder).mkdir(parents=True)
     reports = _Reports()
     with beam.Pipeline(argv=[*BEAM_ARGUMENTS]) as pipeline:
-        _ = pipeline | beam.Create(executor.find_shards(str(folder / "examples"))) | executor.MakeViews(job)
+        _ = pipeline | beam.Create(files.find_shards(str(folder / "examples"))) | stages.MakeViews(job)
     total = len(encoded) * config.pairs_per_image
     done, start = next((done, clock) for done, clock in reports.seen if done >= _WARM_UP * total)
     return Rate(total - done, Seconds.now().since(start))

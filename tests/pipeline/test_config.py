@@ -487,3 +487,20 @@ def test_the_words_of_a_card_are_taken_as_they_are_and_a_lone_limit_is_told_how_
     assert (card.license, card.owner, card.limits) == ("apache-2.0", "Vision <us> & co", ("Not by night.",))
     with pytest.raises(UserError, match=r"^card.limits='Not by night.' is not a list of texts; e.g. card.limits=\["):
         load("demo", ["card.limits=Not by night."])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["beam.engine=flink"], ["beam.engine=flink", "memory", "dask"]),
+        (["beam.engine=dask", "beam.address=here"], ["beam.address=here", "e.g. beam.address=tcp://HOST:8786"]),
+        (["beam.address=tcp://a:8786"], ["no use with beam.engine=memory", "e.g. beam.engine=dask"]),
+        (["beam.workers=2"], ["beam.workers=2 has no use with beam.engine=memory"]),
+        (["beam.engine=dask", "beam.address=tcp://a:8786", "beam.workers=2"], ["beam.workers=2", "beam.workers=0"]),
+    ],
+)
+def test_an_engine_that_cannot_be_is_refused(overrides, words):
+    with pytest.raises(UserError) as caught:
+        load("demo", overrides)
+    for word in words:
+        assert word in str(caught.value)

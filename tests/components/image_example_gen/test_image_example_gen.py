@@ -25,7 +25,7 @@ from tfx.types import standard_artifacts
 from tfx.utils import proto_utils
 
 from components import disk
-from components.image_example_gen import buckets, codec, component, executor, finding, near_duplicates, sources
+from components.image_example_gen import buckets, codec, component, executor, finding, near_duplicates, sources, stages
 from components.image_example_gen.component import ImageExampleGen
 from components.image_example_gen.config import COLUMNS, IngestConfig, Labels, NearDuplicates
 from pipeline.beam import BEAM_ARGUMENTS
@@ -338,12 +338,12 @@ def test_the_manifest_names_the_images_by_content_split_and_label_whatever_their
 
 @pytest.mark.parametrize("other", [("b" * 64, "train", "cat"), ("a" * 64, "eval", "cat"), ("a" * 64, "train", None)])
 def test_manifests_tell_content_split_and_label_apart_and_forget_what_is_dropped(other: tuple) -> None:
-    one, changed = collections.Counter(executor.identity("a" * 64, "train", "cat")), executor.identity(*other)
-    assert executor.manifest(one) != executor.manifest(changed)
+    one, changed = collections.Counter(stages.identity("a" * 64, "train", "cat")), stages.identity(*other)
+    assert stages.manifest(one) != stages.manifest(changed)
     both = one + collections.Counter(changed)
     both.subtract(one)
-    assert executor.manifest(both) == executor.manifest(changed)
-    assert executor.manifest({}) == "0" * 64
+    assert stages.manifest(both) == stages.manifest(changed)
+    assert stages.manifest({}) == "0" * 64
 
 
 def test_an_image_keeps_its_side_whatever_its_path_and_company(mixed: tuple, tmp_path: pathlib.Path) -> None:
@@ -370,7 +370,7 @@ def test_the_split_is_a_function_of_content_and_a_larger_eval_share_only_adds(da
         for split in output.split_config.splits:
             end += split.hash_buckets
             ends.append((split.name, end))
-        return executor.split_of(sha, ends)
+        return stages.split_of(sha, ends)
 
     if side(share) == "eval":
         assert side((1 + share) / 2) == "eval"
@@ -378,9 +378,9 @@ def test_the_split_is_a_function_of_content_and_a_larger_eval_share_only_adds(da
 
 def test_shares_of_splits_and_shards_are_as_asked() -> None:
     hashes = [hashlib.sha256(str(number).encode()).hexdigest() for number in range(20_000)]
-    held_out = [sha for sha in hashes if executor.split_of(sha, SPLITS) == "eval"]
+    held_out = [sha for sha in hashes if stages.split_of(sha, SPLITS) == "eval"]
     assert abs(len(held_out) / len(hashes) - 0.2) < 0.01
-    sizes = [sum(executor.shard_of(sha, 7) == index for sha in held_out) for index in range(7)]
+    sizes = [sum(stages.shard_of(sha, 7) == index for sha in held_out) for index in range(7)]
     assert min(sizes) > 0.8 * len(held_out) / 7
 
 
@@ -408,7 +408,7 @@ def test_a_reference_survives_its_packing(ref: sources.Ref, folder: str) -> None
 def test_duplicates_merge_alike_in_any_order_and_grouping(
     found: list[sources.Ref], shuffler: random.Random, cut: int
 ) -> None:
-    combine = executor.FirstCopy()
+    combine = stages.FirstCopy()
 
     def merged(parts: list[list[sources.Ref]]) -> tuple[str, int, bool]:
         accumulators = []
@@ -463,7 +463,7 @@ def test_no_usable_image_at_all_is_said(tmp_path: pathlib.Path) -> None:
 
 def test_too_few_images_for_two_splits_are_refused_with_their_number(tmp_path: pathlib.Path) -> None:
     chosen = [
-        data for data in sample(60).values() if executor.split_of(hashlib.sha256(data).hexdigest(), SPLITS) == "train"
+        data for data in sample(60).values() if stages.split_of(hashlib.sha256(data).hexdigest(), SPLITS) == "train"
     ]
     write_all(tmp_path / "src", {f"a/{index}.png": data for index, data in enumerate(chosen[:3])})
     message = refused(tmp_path / "src", tmp_path / "out")
@@ -475,7 +475,7 @@ def test_too_few_images_for_two_splits_are_refused_with_their_number(tmp_path: p
 def test_three_images_and_one_label_are_enough_where_both_splits_get_some(tmp_path: pathlib.Path) -> None:
     sides: dict[str, list[bytes]] = {"train": [], "eval": []}
     for data in sample(60).values():
-        sides[executor.split_of(hashlib.sha256(data).hexdigest(), SPLITS)].append(data)
+        sides[stages.split_of(hashlib.sha256(data).hexdigest(), SPLITS)].append(data)
     chosen = [*sides["train"][:2], sides["eval"][0]]
     write_all(tmp_path / "src", {f"one/{index}.png": data for index, data in enumerate(chosen)})
     ingest(tmp_path / "src", tmp_path / "out")

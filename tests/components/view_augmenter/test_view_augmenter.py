@@ -22,8 +22,9 @@ from tfx.dsl.components.base.base_beam_executor import BaseBeamExecutor
 from tfx.types import artifact_utils, channel_utils, standard_artifacts
 from tfx.utils import dependency_utils
 
-from components.view_augmenter import executor, sample
+from components.view_augmenter import executor, sample, stages
 from components.view_augmenter.component import ViewAugmenter
+from components.view_augmenter.files import find_shards
 from pipeline.beam import BEAM_ARGUMENTS
 from trainer_module import config_json
 from trainer_module.config import AugmentConfig, ImageConfig, SampleConfig, Where
@@ -251,7 +252,7 @@ def test_the_sample_is_of_the_lowest_hashes(both: standard_artifacts.Examples, t
     job = sample.SampleJob(str(tmp_path / "views"), str(tmp_path / "views/.scratch"), IMAGE, AUGMENT, wanted, counts)
     function = sample.TakeSampleFn(job)
     function.setup()
-    shards = executor.find_shards(f"{examples.uri}/Split-train")
+    shards = find_shards(f"{examples.uri}/Split-train")
     files = [[file for shard in shards for file in function.process(("train", shard))] for _ in range(2)]
     assert files[0] == files[1]  # a bundle that is retried leaves the same files
     paths = [f"{job.uri}/{file.name}" for file in files[0]]
@@ -284,7 +285,7 @@ def test_only_the_lowest_hashes_are_probes_of_the_train_split_where_there_is_no_
     for folder in ("watch", ".scratch"):
         (tmp_path / folder).mkdir()
     examples = make_examples(tmp_path / "examples", 2)
-    shards = [("train", shard) for shard in executor.find_shards(f"{examples.uri}/Split-train")]
+    shards = [("train", shard) for shard in find_shards(f"{examples.uri}/Split-train")]
     with TestPipeline(argv=[*BEAM_ARGUMENTS]) as pipeline:
         files = pipeline | beam.Create(shards) | sample.TakeSample(job)
         assert_that(files | beam.Map(lambda file: (file.split, file.records)), equal_to([("probe", 3)]))
@@ -306,13 +307,13 @@ def test_the_artifact_says_its_split_and_counts(one_shard: standard_artifacts.Ex
 
 def test_a_retried_bundle_leaves_the_same_files(tmp_path: Path) -> None:
     examples = make_examples(tmp_path / "examples", 1)
-    job = executor.Job(str(tmp_path / "views"), IMAGE, AUGMENT, SEED, IMAGES)
+    job = stages.Job(str(tmp_path / "views"), IMAGE, AUGMENT, SEED, IMAGES)
     (tmp_path / "views" / "Split-train").mkdir(parents=True)
-    shard = executor.find_shards(f"{examples.uri}/Split-train")[0]
+    shard = find_shards(f"{examples.uri}/Split-train")[0]
     contents = []
     for _ in range(2):
         with TestPipeline(argv=[*BEAM_ARGUMENTS]) as pipeline:
-            files = pipeline | beam.Create([shard]) | executor.MakeViews(job)
+            files = pipeline | beam.Create([shard]) | stages.MakeViews(job)
             assert_that(files | beam.Map(lambda file: file.records), equal_to([IMAGES] * 2))
         contents.append({p.name: p.read_bytes() for p in Path(job.split_folder).iterdir()})
     assert contents[0] == contents[1]
@@ -344,7 +345,7 @@ def test_too_little_space_is_told_before_the_work(tmp_path: Path, monkeypatch: p
 
 
 def test_the_needed_space_is_what_is_written(both: standard_artifacts.Examples) -> None:
-    job = executor.Job(both.uri, IMAGE, dataclasses.replace(AUGMENT, where=Where.both), SEED, IMAGES)
+    job = stages.Job(both.uri, IMAGE, dataclasses.replace(AUGMENT, where=Where.both), SEED, IMAGES)
     written = sum(file["bytes"] for file in manifest(both)["files"])
     assert 0.9 * written < executor.needed_bytes(job) < 1.1 * written
 
