@@ -117,6 +117,7 @@ def draw_parameters(
     )
 
 
+@tf.function(autograph=False)
 def make_view(image: tf.Tensor, parameters: ViewParameters, config: AugmentConfig) -> tf.Tensor:
     """Makes one view with given parameters.
 
