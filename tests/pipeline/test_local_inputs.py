@@ -26,7 +26,7 @@ def test_unlabelled_images_run_to_the_end_with_label_metrics_null(sample_images,
         (folder / f"{i}.png").write_bytes(data)
     workdir = tmp_path / "work"
     workdir.mkdir()
-    assert local.run(settings(*RESNET, "train.epochs=1"), str(folder), workdir) == 0
+    assert local.run(settings(*RESNET, "train.epochs=1", "train.replicas=1"), str(folder), workdir) == 0
     metrics = result_of(workdir)["metrics"]
     labelled = {name for name in metrics if re.search("knn_top|linear_top|majority_top|recall_at|knn_gain", name)}
     assert {"knn_top1", "linear_top1", "random_init_knn_top1", "pixel_knn_top1"} <= labelled

@@ -2,12 +2,12 @@
 
 import hashlib
 
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 
-from trainer_module.config import AugmentConfig, EncoderConfig, ImageConfig, Precision
-from trainer_module.encoder import build_encoder
+from trainer_module.config import AugmentConfig, ImageConfig
 from trainer_module.export import EncoderModule, EvaluationModule, save_evaluation
 from trainer_module.images import stored_image
 from trainer_module.views import view_pair
@@ -26,21 +26,21 @@ class Transform(tf.Module):
         return {"image": stored[:, tf.newaxis]}
 
 
-def encoder(seed: int) -> EncoderModule:
-    config = EncoderConfig(name="resnet18", width=4)
-    backbone = build_encoder(config, AUGMENT.size, Precision.float32, seed=seed).backbone
+def exported(backbone: keras.Model) -> EncoderModule:
     return EncoderModule(backbone, Transform(), MEAN, STD, 28, AUGMENT.size)
 
 
 @pytest.fixture(scope="module")
-def trained() -> EncoderModule:
-    return encoder(1)
+def trained(tiny_encoder) -> EncoderModule:
+    return exported(tiny_encoder)
 
 
 @pytest.fixture(scope="module")
-def export(trained, tmp_path_factory):
+def export(tiny_encoder, trained, tmp_path_factory):
+    other = keras.models.clone_model(tiny_encoder)
+    other.set_weights([weights[..., ::-1] for weights in tiny_encoder.get_weights()])
     folder = str(tmp_path_factory.mktemp("evaluation"))
-    save_evaluation(EvaluationModule(trained, encoder(2), AUGMENT, "leak at step 3"), folder)
+    save_evaluation(EvaluationModule(trained, exported(other), AUGMENT, "leak at step 3"), folder)
     return tf.saved_model.load(folder).signatures["evaluate"]
 
 
