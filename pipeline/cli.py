@@ -927,10 +927,10 @@ def _tpu_report(options: argparse.Namespace) -> int:
 
 
 def _test_processes() -> int:
-    """One more than the cores, since tests wait for disks, clocks and other processes; each may take 3 GiB."""
+    """Two more than the cores, since tests wait for disks, clocks and other processes; each may take 3 GiB."""
     import psutil
 
-    return max(1, min(len(os.sched_getaffinity(0)) + 1, psutil.virtual_memory().available // (3 << 30)))
+    return max(1, min(len(os.sched_getaffinity(0)) + 2, psutil.virtual_memory().available // (3 << 30)))
 
 
 def _test(arguments: Sequence[str]) -> int:

@@ -5,6 +5,7 @@ choices, combinations). Every refusal is a `UserError` of one line that names th
 valid one.
 """
 
+import copy
 import dataclasses
 import difflib
 import enum
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from components.evaluator.config import EvaluateConfig
@@ -460,10 +461,17 @@ def _sections() -> frozenset[str]:
     return frozenset(".".join(part[:depth]) for part in parts for depth in range(1, len(part)))
 
 
-def _build(settings: Sequence[_Setting]) -> Config:
+@functools.cache
+def _defaults() -> DictConfig:
+    """To be copied, which is five times as fast as making it anew."""
     tree = OmegaConf.structured(Config)
     for section in (tree, *(OmegaConf.select(tree, key) for key in _sections())):
         OmegaConf.set_readonly(section, False)  # OmegaConf locks what comes from frozen dataclasses
+    return typing.cast(DictConfig, tree)
+
+
+def _build(settings: Sequence[_Setting]) -> Config:
+    tree = copy.deepcopy(_defaults())
     for setting in settings:
         _put(tree, setting)
     try:

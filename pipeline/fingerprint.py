@@ -4,8 +4,10 @@ A stage whose sources changed must run again, so each stage carries the hash of 
 """
 
 import ast
+import functools
 import hashlib
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("pipeline", "components", "trainer_module")
@@ -25,7 +27,7 @@ def of(*modules: str) -> str:
     digest = hashlib.sha256((ROOT / "requirements.txt").read_bytes())
     for path in sorted(_closure(modules)):
         digest.update(path.relative_to(ROOT).as_posix().encode())
-        digest.update(ast.dump(ast.parse(path.read_bytes())).encode())
+        digest.update(_read(path.read_bytes()).code)
     return digest.hexdigest()[:16]
 
 
@@ -40,14 +42,27 @@ def _closure(modules: tuple[str, ...]) -> set[Path]:
     return found
 
 
-def _imports(path: Path) -> list[Path]:
+class _Source(NamedTuple):
+    """What counts of a file's content."""
+
+    code: bytes
+    names: tuple[str, ...]  # that it imports
+
+
+@functools.cache  # most stages share most of their sources
+def _read(content: bytes) -> _Source:
+    tree = ast.parse(content)
     names: list[str] = []
-    for node in ast.walk(ast.parse(path.read_bytes())):
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module:
             names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-    return [file for name in names for file in [_file(name)] if file]
+    return _Source(ast.dump(tree).encode(), tuple(names))
+
+
+def _imports(path: Path) -> list[Path]:
+    return [file for name in _read(path.read_bytes()).names for file in [_file(name)] if file]
 
 
 def _file(module: str) -> Path | None:

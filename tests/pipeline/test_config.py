@@ -441,7 +441,7 @@ def configs(draw: st.DrawFn) -> Config:
     return load("moco_v2", [f"{key}={json.dumps(value)}" for key, value in overrides.items()])
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(config=configs())
 def test_what_is_written_reads_back_equal(tmp_path_factory, config):
     file = tmp_path_factory.mktemp("config") / "resolved.yaml"
