@@ -4,10 +4,13 @@ import abc
 import dataclasses
 
 from ml_metadata.proto import metadata_store_pb2
-from tfx import v1 as tfx
+from tfx.components import ExampleValidator, SchemaGen, StatisticsGen, Trainer, Transform
 from tfx.dsl.components.base.base_component import BaseComponent
 from tfx.dsl.components.base.base_node import BaseNode
+from tfx.dsl.components.common.resolver import Resolver
 from tfx.orchestration.data_types import RuntimeParameter
+from tfx.orchestration.pipeline import Pipeline
+from tfx.proto import pusher_pb2, trainer_pb2, transform_pb2
 from tfx.types import Channel, standard_artifacts
 
 from components.evaluator import eval_model
@@ -98,19 +101,19 @@ class LocalRunner(Runner):
 
     def trainer(self, experiment: Experiment, views: Channel, transform_graph: Channel) -> BaseComponent:
         """See the base class."""
-        return tfx.components.Trainer(
+        return Trainer(
             run_fn=f"{run_fn.__name__}.run_fn",
             examples=views,
             transform_graph=transform_graph,
             # The loop counts epochs, not TFX's steps; views exist of the train split alone.
-            train_args=tfx.proto.TrainArgs(splits=["train"]),
-            eval_args=tfx.proto.EvalArgs(splits=["train"]),
+            train_args=trainer_pb2.TrainArgs(splits=["train"]),
+            eval_args=trainer_pb2.EvalArgs(splits=["train"]),
             custom_config=experiment.cache_key(),  # see pipeline.local: the executor gets the experiment itself
         )
 
     def baseline(self, config: Config, candidate: Channel) -> BaseNode:
         """See the base class."""
-        return tfx.dsl.Resolver(
+        return Resolver(
             strategy_class=LatestOtherBlessedModelStrategy,
             config={"missing": config.evaluate.missing_baseline.value},
             candidate=candidate,
@@ -119,7 +122,7 @@ class LocalRunner(Runner):
         )
 
 
-def create_pipeline(config: Config, places: Places, runner: Runner) -> tfx.dsl.Pipeline:
+def create_pipeline(config: Config, places: Places, runner: Runner) -> Pipeline:
     """Builds the pipeline.
 
     Args:
@@ -132,23 +135,23 @@ def create_pipeline(config: Config, places: Places, runner: Runner) -> tfx.dsl.P
         runner.images, config.ingest, code=code["ImageExampleGen"], range_config=runner.span
     ).with_id("ImageExampleGen")
     examples = example_gen.outputs["examples"]
-    statistics_gen = tfx.components.StatisticsGen(examples, stats_options=stats_options()).with_id("StatisticsGen")
+    statistics_gen = StatisticsGen(examples, stats_options=stats_options()).with_id("StatisticsGen")
     # The schema knows the labels of the train split only, so a new label in the eval split is an anomaly.
-    schema_gen = tfx.components.SchemaGen(
-        statistics=statistics_gen.outputs["statistics"], exclude_splits=["eval"]
-    ).with_id("SchemaGen")
+    schema_gen = SchemaGen(statistics=statistics_gen.outputs["statistics"], exclude_splits=["eval"]).with_id(
+        "SchemaGen"
+    )
     schema = schema_gen.outputs["schema"]
-    validator = tfx.components.ExampleValidator(statistics=statistics_gen.outputs["statistics"], schema=schema).with_id(
+    validator = ExampleValidator(statistics=statistics_gen.outputs["statistics"], schema=schema).with_id(
         "ExampleValidator"
     )
     # How an image is embedded has no part in how it is stored, so it must not remake what is stored.
     storage = dataclasses.replace(config.image, eval_resize=0)
-    transform = tfx.components.Transform(
+    transform = Transform(
         examples=examples,
         schema=schema,
         preprocessing_fn=f"{preprocessing.__name__}.preprocessing_fn",
         custom_config=preprocessing.make_custom_config(storage, code["Transform"]),
-        splits_config=tfx.proto.SplitsConfig(analyze=["train"], transform=["train", "eval"]),
+        splits_config=transform_pb2.SplitsConfig(analyze=["train"], transform=["train", "eval"]),
         materialize=False,
         disable_statistics=True,
     ).with_id("Transform")
@@ -202,12 +205,12 @@ def create_pipeline(config: Config, places: Places, runner: Runner) -> tfx.dsl.P
         model_blessing=evaluator.outputs["blessing"],
         infra_blessing=serving_check.outputs["blessing"],
         model_card=model_card.outputs["model_card"],
-        push_destination=tfx.proto.PushDestination(
-            filesystem=tfx.proto.PushDestination.Filesystem(base_directory=places.serving)
+        push_destination=pusher_pb2.PushDestination(
+            filesystem=pusher_pb2.PushDestination.Filesystem(base_directory=places.serving)
         ),
         custom_config={pusher_executor.KEEP: config.publish.keep, "code": code["Pusher"]},
     ).with_id("Pusher")
-    return tfx.dsl.Pipeline(
+    return Pipeline(
         pipeline_name=runner.name,
         pipeline_root=places.root,
         components=[

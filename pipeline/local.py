@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 from ml_metadata.proto import metadata_store_pb2
-from tfx import v1 as tfx
 from tfx.orchestration import metadata
 from tfx.orchestration.local import local_dag_runner, runner_utils
 from tfx.orchestration.portable import launcher, runtime_parameter_utils
@@ -82,7 +81,7 @@ def _run(config: Config, images: str, home: Path, require_blessing: bool) -> int
     database.check(store)
     # A killed run must not leave the outcome of the one before it.
     (home / "result.json").unlink(missing_ok=True)
-    connection = tfx.orchestration.metadata.sqlite_metadata_connection_config(str(store))
+    connection = metadata.sqlite_metadata_connection_config(str(store))
     _clear_dead_executions(connection, Path(places.root))  # before anything is written: it frees what they took
     _set_unknown_aside(connection, Path(places.root))
     _write(home / "config.yaml", to_yaml(config))

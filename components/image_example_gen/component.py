@@ -7,7 +7,7 @@ ImageExampleGen(images="gs://bucket/day-{SPAN}/v{VERSION}/*.tar")
 from tfx.components.example_gen.component import FileBasedExampleGen
 from tfx.dsl.components.base import executor_spec
 from tfx.orchestration.data_types import RuntimeParameter
-from tfx.v1 import proto
+from tfx.proto import example_gen_pb2, range_config_pb2
 
 from components.image_example_gen import driver, executor, sources
 from components.image_example_gen.config import IngestConfig, to_json, validate
@@ -32,7 +32,7 @@ class ImageExampleGen(FileBasedExampleGen):
         images: str | RuntimeParameter,
         config: IngestConfig | None = None,
         code: str = "",
-        range_config: proto.RangeConfig | RuntimeParameter | None = None,
+        range_config: range_config_pb2.RangeConfig | RuntimeParameter | None = None,
     ):
         """Makes the node.
 
@@ -49,7 +49,7 @@ class ImageExampleGen(FileBasedExampleGen):
         config = config or IngestConfig()
         validate(config)
         base, pattern = (images, "*") if isinstance(images, RuntimeParameter) else sources.split_pattern(images)
-        inputs = proto.Input(splits=[proto.Input.Split(name="images", pattern=pattern)])
+        inputs = example_gen_pb2.Input(splits=[example_gen_pb2.Input.Split(name="images", pattern=pattern)])
         super().__init__(
             input_base=base,
             input_config=inputs,
@@ -59,11 +59,11 @@ class ImageExampleGen(FileBasedExampleGen):
         )
 
 
-def _split_config(eval_fraction: float) -> proto.Output:
+def _split_config(eval_fraction: float) -> example_gen_pb2.Output:
     """Hash buckets of the two splits."""
     held_out = round(eval_fraction * _BUCKETS)
     splits = [
-        proto.SplitConfig.Split(name="train", hash_buckets=_BUCKETS - held_out),
-        proto.SplitConfig.Split(name="eval", hash_buckets=held_out),
+        example_gen_pb2.SplitConfig.Split(name="train", hash_buckets=_BUCKETS - held_out),
+        example_gen_pb2.SplitConfig.Split(name="eval", hash_buckets=held_out),
     ]
-    return proto.Output(split_config=proto.SplitConfig(splits=splits))
+    return example_gen_pb2.Output(split_config=example_gen_pb2.SplitConfig(splits=splits))

@@ -8,9 +8,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from tfx.components.example_gen import driver, input_processor
+from tfx.proto import example_gen_pb2, range_config_pb2
 from tfx.types import standard_component_specs
 from tfx.utils import proto_utils
-from tfx.v1 import proto
 
 from components.image_example_gen import sources
 from components.image_example_gen.config import LATEST
@@ -30,7 +30,7 @@ def resolve(exec_properties: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         UserError: nothing matches, there is no image, or no such span.
     """
-    inputs = proto.Input()
+    inputs = example_gen_pb2.Input()
     proto_utils.json_to_proto(exec_properties[standard_component_specs.INPUT_CONFIG_KEY], inputs)
     (split,) = inputs.splits
     src = sources.join_pattern(exec_properties[standard_component_specs.INPUT_BASE_KEY], split.pattern)
@@ -54,8 +54,8 @@ def _range(span: str) -> str | None:
         return None
     if span.isdecimal():
         number = int(span)
-        static = proto.StaticRange(start_span_number=number, end_span_number=number)
-        return proto_utils.proto_to_json(proto.RangeConfig(static_range=static))
+        static = range_config_pb2.StaticRange(start_span_number=number, end_span_number=number)
+        return proto_utils.proto_to_json(range_config_pb2.RangeConfig(static_range=static))
     if span.startswith("{"):
         return span
     raise UserError(f"span={span} is neither {LATEST!r} nor a number; e.g. span=7")
@@ -66,8 +66,8 @@ class Driver(driver.FileBasedDriver):
 
     def get_input_processor(
         self,
-        splits: Iterable[proto.Input.Split],
-        range_config: proto.RangeConfig | None = None,
+        splits: Iterable[example_gen_pb2.Input.Split],
+        range_config: range_config_pb2.RangeConfig | None = None,
         input_base_uri: str | None = None,
     ) -> input_processor.InputProcessor:
         """See the base class."""

@@ -10,9 +10,9 @@ from tfx.components.example_gen import utils
 from tfx.components.example_gen.driver import update_output_artifact
 from tfx.components.util import examples_utils
 from tfx.dsl.components.base import base_beam_executor
+from tfx.proto import example_gen_pb2
 from tfx.types import artifact_utils, standard_component_specs
 from tfx.utils import proto_utils
-from tfx.v1 import proto
 
 from components import disk
 from components.image_example_gen import driver, sources, stages
@@ -77,7 +77,7 @@ class Executor(base_beam_executor.BaseBeamExecutor):
 
 def make_job(exec_properties: Mapping[str, Any], uri: str) -> Job:
     """Rebuilds the job from TFX's execution properties."""
-    inputs, outputs, custom = proto.Input(), proto.Output(), proto.CustomConfig()
+    inputs, outputs, custom = example_gen_pb2.Input(), example_gen_pb2.Output(), example_gen_pb2.CustomConfig()
     proto_utils.json_to_proto(exec_properties[standard_component_specs.INPUT_CONFIG_KEY], inputs)
     proto_utils.json_to_proto(exec_properties[standard_component_specs.OUTPUT_CONFIG_KEY], outputs)
     proto_utils.json_to_proto(exec_properties[standard_component_specs.CUSTOM_CONFIG_KEY], custom)
@@ -155,7 +155,7 @@ def _summary(job: Job, counts: Counts) -> dict[str, Any]:
 def _describe_artifact(examples: types.Artifact, job: Job, summary: Mapping[str, Any]) -> None:
     """Sets what the following components read of the artifact, the counts, and the manifest."""
     examples.split_names = artifact_utils.encode_split_names([name for name, _ in job.splits])
-    examples_utils.set_payload_format(examples, proto.PayloadFormat.Value("FORMAT_TF_EXAMPLE"))
+    examples_utils.set_payload_format(examples, example_gen_pb2.PayloadFormat.Value("FORMAT_TF_EXAMPLE"))
     examples.set_string_custom_property("manifest", summary["manifest"])
     for name, value in summary.items():
         if isinstance(value, int):

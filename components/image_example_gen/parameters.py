@@ -3,17 +3,17 @@
 import json
 
 from google.protobuf import wrappers_pb2
-from tfx.v1 import proto
+from tfx.proto import example_gen_pb2
 
 
-def pack_parameters(parameters: dict[str, str]) -> proto.CustomConfig:
+def pack_parameters(parameters: dict[str, str]) -> example_gen_pb2.CustomConfig:
     """Packs texts into a CustomConfig, as JSON within a StringValue: numbers keep their types that way."""
-    packed = proto.CustomConfig()
+    packed = example_gen_pb2.CustomConfig()
     packed.custom_config.Pack(wrappers_pb2.StringValue(value=json.dumps(parameters, sort_keys=True)))
     return packed
 
 
-def unpack_parameters(packed: proto.CustomConfig) -> dict[str, str]:
+def unpack_parameters(packed: example_gen_pb2.CustomConfig) -> dict[str, str]:
     """Undoes `pack_parameters`."""
     value = wrappers_pb2.StringValue()
     packed.custom_config.Unpack(value)

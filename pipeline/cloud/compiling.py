@@ -11,9 +11,9 @@ import re
 from typing import Any
 
 import yaml
-from tfx import v1 as tfx
 from tfx.dsl.components.base.base_component import BaseComponent
 from tfx.dsl.components.base.base_node import BaseNode
+from tfx.dsl.components.common.resolver import Resolver
 from tfx.dsl.input_resolution.strategies.latest_blessed_model_strategy import LatestBlessedModelStrategy
 from tfx.orchestration.data_types import RuntimeParameter
 from tfx.orchestration.kubeflow.v2 import kubeflow_v2_dag_runner
@@ -113,7 +113,7 @@ class _Vertex(_CloudRunner):
     def baseline(self, config: Config, candidate: Channel) -> BaseNode:
         """The latest blessed model by Vertex's own resolver, the only kind that it has; see Evaluator's executor."""
         del config, candidate
-        return tfx.dsl.Resolver(
+        return Resolver(
             strategy_class=LatestBlessedModelStrategy,
             model=Channel(type=standard_artifacts.Model),
             model_blessing=Channel(type=standard_artifacts.ModelBlessing),
