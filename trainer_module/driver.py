@@ -71,7 +71,7 @@ class Driver:
             self._variables = tf.nest.map_structure(_variable, begin)
             # Metrics stay on the device until a loop is over.
             self._metrics = _variable(np.zeros([self._steps_per_loop, len(Metrics._fields)], np.float32))
-        self._digests = tf.function(self._digests_of_replicas)
+        self._digests = tf.function(self._digests_of_replicas, autograph=False)
 
     @property
     def step(self) -> int:
@@ -149,6 +149,7 @@ class Driver:
             gives each step's metrics, float32[steps, fields of Metrics], and the seconds waited for batches.
         """
 
+        @tf.autograph.experimental.do_not_convert  # nothing there needs it, and it takes seconds
         def replica_step(query: tf.Tensor, key: tf.Tensor) -> None:
             state = tf.nest.map_structure(tf.convert_to_tensor, self._variables)
             new, metrics = self._moco.step(state, query, key, current_replica(self._strategy))

@@ -54,7 +54,9 @@ class EncoderModule(tf.Module):
         self.resize, self.size = resize, size
         # Traced once for all signatures: tracing a ResNet takes seconds.
         self.embed_views = tf.function(
-            self._embed_views, input_signature=[tf.TensorSpec([None, size, size, 3], tf.float32, name="views")]
+            self._embed_views,
+            input_signature=[tf.TensorSpec([None, size, size, 3], tf.float32, name="views")],
+            autograph=False,  # it would read and rewrite the sources of Keras and TFT for seconds
         )
 
     # Keras layers must not be saved: whoever loads the model has TensorFlow only.
@@ -82,17 +84,17 @@ class EncoderModule(tf.Module):
             fn_output_signature=tf.TensorSpec([self.size, self.size, 3]),
         )
 
-    @tf.function(input_signature=[tf.TensorSpec([None], tf.string, name="image_bytes")])
+    @tf.function(input_signature=[tf.TensorSpec([None], tf.string, name="image_bytes")], autograph=False)
     def serving_default(self, image_bytes: tf.Tensor) -> dict[str, tf.Tensor]:
         """Encoded images."""
         return {"embedding": self.embed_views(self.views(self.stored(image_bytes)))}
 
-    @tf.function(input_signature=[tf.TensorSpec([None], tf.string, name="examples")])
+    @tf.function(input_signature=[tf.TensorSpec([None], tf.string, name="examples")], autograph=False)
     def examples(self, examples: tf.Tensor) -> dict[str, tf.Tensor]:
         """Serialised tf.Examples."""
         return {"embedding": self.embed_views(self.views(self.stored(_encoded(examples))))}
 
-    @tf.function(input_signature=[tf.TensorSpec([None, None, None, 3], tf.float32, name="image")])
+    @tf.function(input_signature=[tf.TensorSpec([None, None, None, 3], tf.float32, name="image")], autograph=False)
     def pixels(self, image: tf.Tensor) -> dict[str, tf.Tensor]:
         """Decoded images of one size."""
         return {"embedding": self.embed_views(centre_views(image, self.resize, self.size))}
@@ -114,7 +116,7 @@ class EvaluationModule(tf.Module):
         self._trained, self._untrained = trained, untrained
         self._augment, self._leak = augment, leak
 
-    @tf.function(input_signature=[tf.TensorSpec([None], tf.string, name="examples")])
+    @tf.function(input_signature=[tf.TensorSpec([None], tf.string, name="examples")], autograph=False)
     def evaluate(self, examples: tf.Tensor) -> dict[str, tf.Tensor]:
         """Serialised tf.Examples of both splits.
 

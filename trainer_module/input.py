@@ -315,6 +315,7 @@ def _epoch_batches(
     buffer = max(global_batch, min(SHUFFLE_BUFFER, int(SHUFFLE_BYTES / largest)))
     steps, hosts = steps_per_epoch(source, global_batch), pipeline.num_input_pipelines
 
+    @tf.autograph.experimental.do_not_convert
     def one_epoch(epoch: tf.Tensor) -> tf.data.Dataset:
         seeds = tf.random.stateless_uniform(
             [2], tf.stack([tf.constant(seed, tf.int64), epoch]), 0, 1 << 30, tf.int64, alg="philox"

@@ -128,7 +128,7 @@ def lower_step(moco: MoCo, state: State, batch: int, replicas: int) -> Lowered:
     side = moco.model.input_shape[1]
     views = tf.TensorSpec([batch, side, side, 3], tf.uint8)
 
-    @tf.function(jit_compile=True)
+    @tf.function(jit_compile=True, autograph=False)
     def step(state: State, x_q: tf.Tensor, x_k: tf.Tensor, replica_id: tf.Tensor) -> tuple[State, Metrics]:
         return moco.step(state, x_q, x_k, LoweredReplica(replicas, tf.reshape(replica_id, [])))
 

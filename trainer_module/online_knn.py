@@ -104,7 +104,7 @@ def backbone_embedder(
     of_replica = replica_features(encoder, query, query_stats, mean, std)
     share = -(-BATCH // strategy.num_replicas_in_sync)
 
-    @tf.function
+    @tf.function(autograph=False)
     def features(views: tf.Tensor) -> tuple[tf.Tensor, ...]:
         return strategy.experimental_local_results(strategy.run(of_replica, args=(views,)))
 

@@ -169,6 +169,7 @@ def shuffle_keys(batches: tf.data.Dataset, seed: int, start_step: int, index: in
         index: of this host.
     """
 
+    @tf.autograph.experimental.do_not_convert
     def shuffle(step: tf.Tensor, views: tuple[tf.Tensor, tf.Tensor]) -> tuple[tf.Tensor, tf.Tensor]:
         query, key = views
         at = tf.stack([tf.constant(seed, tf.int32), tf.cast(step, tf.int32)])
