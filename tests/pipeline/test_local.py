@@ -71,8 +71,12 @@ SIGNS = {
 }
 
 
+VERTEX = "google.cloud.aiplatform"
+
+
 def run_in_child(images, workdir, out):
     with out.open("a") as file, contextlib.redirect_stdout(file), console.progress_shown():
+        print("imports", VERTEX, VERTEX in sys.modules)
         local.run(settings(), str(images), workdir)
 
 
@@ -120,6 +124,10 @@ def test_killed_runs_have_said_what_they_did_and_each_finished_stage_was_taken_o
     assert sorted(computed) == sorted(set(computed)), "a finished stage was done again"
     assert {"ImageExampleGen", "Transform", "ViewAugmenter", "Trainer", "Evaluator", "ModelCard"} <= set(done)
     assert "Traceback" not in killed
+
+
+def test_a_run_on_this_machine_does_not_wait_for_vertex_ai_s_client_to_be_imported(killed):
+    assert set(re.findall(rf"^imports {VERTEX} (\w+)$", killed, re.MULTILINE)) == {"False"}
 
 
 def test_a_finished_training_leaves_no_checkpoints_even_if_a_later_stage_was_killed(killed, workdir):
