@@ -338,10 +338,10 @@ def test_a_retried_bundle_leaves_the_same_files(tmp_path: Path) -> None:
     job = stages.Job(str(tmp_path / "views"), IMAGE, AUGMENT, SEED, IMAGES)
     (tmp_path / "views" / "Split-train").mkdir(parents=True)
     shard = find_shards(f"{examples.uri}/Split-train")[0]
-    function = stages.MakeViewsFn(job)
-    function.setup()
     contents = []
     for _ in range(2):
+        function = stages.MakeViewsFn(job)
+        function.setup()
         assert [file.records for file in function.process(shard)] == [IMAGES] * 2
         contents.append({p.name: p.read_bytes() for p in Path(job.split_folder).iterdir()})
     assert contents[0] == contents[1]
