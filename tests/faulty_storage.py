@@ -1,6 +1,7 @@
 """Google Cloud Storage on loopback, with faults: gcp-storage-emulator behind a proxy of TCP and HTTP.
 
-The proxy passes requests on to the emulator one at a time, and adds what the emulator lacks and our protocols rest on:
+The proxy hands requests to the emulator one at a time, without a socket between the two, and adds what the emulator
+lacks and our protocols rest on:
   - conditions (ifGenerationMatch) of uploads and deletions, at the start and at the end of resumable ones: 412;
   - `generation` of downloads, and its header;
   - resumable uploads: bytes that were stored already are passed over when they are sent again, and a finished session
@@ -9,9 +10,10 @@ The proxy passes requests on to the emulator one at a time, and adds what the em
 A `plan` decides what becomes of a request: it is called with the request's number, from 0, and the request.
 """
 
+import copy
 import dataclasses
 import enum
-import http.client
+import io
 import json
 import re
 import socket
@@ -20,11 +22,15 @@ import threading
 import time
 import urllib.parse
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import contextmanager, suppress
+from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from gcp_storage_emulator.server import create_server
+import gcp_storage_emulator.storage
+from gcp_storage_emulator.exceptions import NotFound
+from gcp_storage_emulator.handlers.buckets import create_bucket
+from gcp_storage_emulator.server import Router
 
 
 class Fault(enum.Enum):
@@ -89,22 +95,59 @@ def refusal(status: int, reason: str, message: str) -> Answer:
     return Answer(status, {"Content-Type": "application/json"}, json.dumps({"error": error}).encode())
 
 
+class _Memory(gcp_storage_emulator.storage.Storage):
+    """The emulator's objects."""
+
+    def _write_config_to_file(self) -> None:
+        """Keeps no second copy as JSON after every change, from which nobody would start again."""
+
+
+class _Exchange:
+    """What the emulator takes for its connection to a client: a request that is there, and an answer that is kept."""
+
+    server_address = ("127.0.0.1", 0)
+
+    def __init__(self, storage: _Memory, request: Request):
+        self.storage, self.path, self.server = storage, request.path, self
+        self.rfile, self.wfile = io.BytesIO(request.body), io.BytesIO()
+        self.headers = Message()
+        for key, value in _kept(request.headers).items():
+            self.headers[key] = value
+        if request.body:
+            self.headers["Content-Length"] = str(len(request.body))
+        self._status, self._answered = 0, Message()
+        Router(self).handle(request.method)
+
+    def send_response(self, status: int, _: str) -> None:
+        self._status = status
+
+    def send_header(self, key: str, value: str) -> None:
+        self._answered[key] = str(value)
+
+    def end_headers(self) -> None:
+        """They end by themselves."""
+
+    @property
+    def answer(self) -> Answer:
+        return Answer(self._status, _kept(dict(self._answered.items())), self.wfile.getvalue())
+
+
 class Storage:
     """One emulator and any number of proxies in front of it."""
 
     def __init__(self, bucket: str):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self._port = probe.getsockname()[1]
         self.bucket = bucket
-        self._emulator = create_server("127.0.0.1", self._port, in_memory=True, default_bucket=bucket)
-        self._emulator.start()
+        self._emulated = _Memory(use_memory_fs=True)
+        create_bucket(bucket, self._emulated)
         self._turns = threading.RLock()
         self._sessions: dict[str, _Session] = {}
 
-    def stop(self) -> None:
-        # It looks up only every half second, for which nobody has to wait.
-        threading.Thread(target=self._emulator.stop, daemon=True).start()
+    def copy(self) -> "Storage":
+        """Another one with the same objects of the same generations."""
+        made = Storage(self.bucket)
+        with self._turns:
+            made._emulated = copy.deepcopy(self._emulated)
+        return made
 
     def objects(self) -> dict[str, bytes]:
         """All objects by name, read from the emulator itself."""
@@ -172,23 +215,24 @@ class Storage:
         return self._generation(name) == generation
 
     def _generation(self, name: str) -> str:
-        answer = self._ask(Request("GET", self._object(name), {}, b""))
-        return json.loads(answer.body)["generation"] if answer.status == 200 else "0"
+        try:
+            return self._emulated.get_file_obj(self.bucket, name)["generation"]
+        except NotFound:
+            return "0"
 
     def _object(self, name: str) -> str:
         return f"/storage/v1/b/{self.bucket}/o/{urllib.parse.quote(name, safe='')}"
 
     def _ask(self, request: Request) -> Answer:
-        with self._turns, closing(http.client.HTTPConnection("127.0.0.1", self._port, timeout=30)) as connection:
-            headers = {key: value for key, value in request.headers.items() if key.lower() not in _HOP_BY_HOP}
-            connection.request(request.method, request.path, request.body or None, headers)
-            response = connection.getresponse()
-            body = response.read()
-            kept = {key: value for key, value in response.getheaders() if key.lower() not in _HOP_BY_HOP}
-            return Answer(response.status, kept, body)
+        with self._turns:
+            return _Exchange(self._emulated, request).answer
 
 
 _HOP_BY_HOP = ("connection", "content-length", "transfer-encoding", "date", "server", "accept-encoding", "expect")
+
+
+def _kept(headers: dict[str, str]) -> dict[str, str]:
+    return {key: value for key, value in headers.items() if key.lower() not in _HOP_BY_HOP}
 
 
 @dataclasses.dataclass
@@ -344,11 +388,7 @@ def _flipped(request: Request) -> bytes:
 @contextmanager
 def storage(bucket: str = "models") -> Iterator[Storage]:
     """An empty bucket, for the time of the context."""
-    made = Storage(bucket)
-    try:
-        yield made
-    finally:
-        made.stop()
+    yield Storage(bucket)
 
 
 @contextmanager

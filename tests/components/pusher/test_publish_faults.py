@@ -34,6 +34,13 @@ def seed(storage: faulty_storage.Storage, model: Path) -> None:
         publish.publish(str(model), bucket_behind(proxy))
 
 
+def seeded(model: Path) -> faulty_storage.Storage:
+    """A bucket in which a model is in service, to be copied for each of many publications."""
+    made = faulty_storage.Storage("models")
+    seed(made, model)
+    return made
+
+
 def reader(storage: faulty_storage.Storage) -> dict[str, bytes]:
     with faulty_storage.proxy(storage) as proxy:
         return read(bucket_behind(proxy))
@@ -67,17 +74,16 @@ def leftovers(storage: faulty_storage.Storage) -> list[str]:
 
 @pytest.mark.parametrize("fault", [*PASSING, None], ids=lambda fault: fault.name if fault else "refused")
 def test_a_fault_at_any_request_is_got_over_and_readers_see_the_new_version(fault, make_model):
-    old, new = make_model("old"), make_model("new")
+    before, new = seeded(make_model("old")), make_model("new")
 
     def check(number: int | None) -> list[Request]:
-        with faulty_storage.storage() as storage:
-            seed(storage, old)
-            strikes = fault or REFUSALS[(number or 0) % len(REFUSALS)]
-            plan = faulty_storage.no_faults if number is None else at_request(number, strikes)
-            requests = publish_through(storage, new, plan)
-            assert reader(storage) == tree(new), f"{strikes} at request {number}"
-            assert leftovers(storage) == [], f"{strikes} at request {number}"
-            return requests
+        storage = before.copy()
+        strikes = fault or REFUSALS[(number or 0) % len(REFUSALS)]
+        plan = faulty_storage.no_faults if number is None else at_request(number, strikes)
+        requests = publish_through(storage, new, plan)
+        assert reader(storage) == tree(new), f"{strikes} at request {number}"
+        assert leftovers(storage) == [], f"{strikes} at request {number}"
+        return requests
 
     undisturbed = check(None)
     assert len(undisturbed) > 10
@@ -88,24 +94,23 @@ def test_a_fault_at_any_request_is_got_over_and_readers_see_the_new_version(faul
 @pytest.mark.parametrize("fault", [Fault.request_lost, Fault.answer_lost, Fault.unavailable_after])
 def test_an_outage_from_any_request_on_leaves_the_old_version_or_the_new_one(fault, make_model):
     old, new = make_model("old"), make_model("new")
-    seen = set()
+    before, seen = seeded(old), set()
 
     def check(first: int) -> None:
-        with faulty_storage.storage() as storage:
-            seed(storage, old)
-            with faulty_storage.proxy(storage, lambda number, _: fault if number >= first else None) as proxy:
-                impatient = type(QUICK)(timeout=1.0, retry=QUICK.retry.with_timeout(0.3))
-                try:
-                    publish.publish(str(new), bucket_behind(proxy, transfer=impatient))
-                except UserError as error:
-                    assert "\n" not in str(error)  # noqa: PT017
-                    assert BASE in str(error)  # noqa: PT017
-            got = reader(storage)
-            assert got in (tree(old), tree(new))
-            seen.add(got == tree(new))
-            # The next run gets it done; what is left is taken for a living publisher's, since this process lives.
-            publish_through(storage, new, faulty_storage.no_faults)
-            assert reader(storage) == tree(new)
+        storage = before.copy()
+        with faulty_storage.proxy(storage, lambda number, _: fault if number >= first else None) as proxy:
+            impatient = type(QUICK)(timeout=1.0, retry=QUICK.retry.with_timeout(0.3))
+            try:
+                publish.publish(str(new), bucket_behind(proxy, transfer=impatient))
+            except UserError as error:
+                assert "\n" not in str(error)  # noqa: PT017
+                assert BASE in str(error)  # noqa: PT017
+        got = reader(storage)
+        assert got in (tree(old), tree(new))
+        seen.add(got == tree(new))
+        # The next run gets it done; what is left is taken for a living publisher's, since this process lives.
+        publish_through(storage, new, faulty_storage.no_faults)
+        assert reader(storage) == tree(new)
 
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(check, range(14)))
@@ -131,12 +136,12 @@ def test_a_large_model_goes_in_pieces_and_a_fault_at_any_of_them_is_got_over(mak
     transfer = type(QUICK)(timeout=2.0, chunk=3 * 2**20, retry=QUICK.retry)
 
     def check(fault: Fault | None, number: int) -> list[Request]:
-        with faulty_storage.storage() as storage:
-            with faulty_storage.proxy(storage, plan_of_pieces(fault, number)) as proxy:
-                publish.publish(str(model), bucket_behind(proxy, transfer=transfer))
-                requests = [request for request in proxy.requests if is_piece(request)]
-            assert reader(storage) == tree(model), f"{fault} at piece {number}"
-            return requests
+        storage = faulty_storage.Storage("models")
+        with faulty_storage.proxy(storage, plan_of_pieces(fault, number)) as proxy:
+            publish.publish(str(model), bucket_behind(proxy, transfer=transfer))
+            requests = [request for request in proxy.requests if is_piece(request)]
+        assert reader(storage) == tree(model), f"{fault} at piece {number}"
+        return requests
 
     pieces = check(None, 0)
     assert len(pieces) == 4  # the start and three pieces
@@ -215,33 +220,33 @@ def test_a_kill_at_any_request_leaves_one_version_in_service_and_the_next_run_cl
     publishers, make_model, acted_on
 ):
     old, new = make_model("old"), make_model("new")
+    before = seeded(old)
     killed = outcomes = 0
     for strikes in itertools.count():
-        with faulty_storage.storage() as storage:
-            seed(storage, old)
-            number: queue.Queue[int] = queue.Queue()
+        storage = before.copy()
+        number: queue.Queue[int] = queue.Queue()
 
-            def kill(current: int, request: Request, strikes=strikes, storage=storage, number=number) -> Fault | None:
-                if current != strikes:
-                    return None
-                if acted_on:
-                    storage.serve(request)
-                os.kill(number.get(timeout=20), signal.SIGKILL)
-                return Fault.request_lost
+        def kill(current: int, request: Request, strikes=strikes, storage=storage, number=number) -> Fault | None:
+            if current != strikes:
+                return None
+            if acted_on:
+                storage.serve(request)
+            os.kill(number.get(timeout=20), signal.SIGKILL)
+            return Fault.request_lost
 
-            with faulty_storage.proxy(storage, kill) as proxy:
-                number.put(publishers.start(new, faulty_storage.url(proxy)))
-                code = publishers.wait()
-            got = reader(storage)
-            assert got in (tree(old), tree(new))
-            outcomes += got == tree(new)
-            publish_through(storage, new, faulty_storage.no_faults)
-            assert reader(storage) == tree(new)
-            assert leftovers(storage) == []
-            if code == 0:  # it had ended before that request
-                break
-            assert code == -signal.SIGKILL
-            killed += 1
+        with faulty_storage.proxy(storage, kill) as proxy:
+            number.put(publishers.start(new, faulty_storage.url(proxy)))
+            code = publishers.wait()
+        got = reader(storage)
+        assert got in (tree(old), tree(new))
+        outcomes += got == tree(new)
+        publish_through(storage, new, faulty_storage.no_faults)
+        assert reader(storage) == tree(new)
+        assert leftovers(storage) == []
+        if code == 0:  # it had ended before that request
+            break
+        assert code == -signal.SIGKILL
+        killed += 1
     assert killed > 10
     assert 0 < outcomes < killed  # it was killed both before and after the change
 

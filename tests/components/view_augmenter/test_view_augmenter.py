@@ -146,9 +146,36 @@ def one_shard(tmp_path_factory: pytest.TempPathFactory) -> standard_artifacts.Ex
     return run(tmp_path_factory.mktemp("one"))
 
 
+class Kept(logging.Handler):
+    """Keeps what is reported of progress."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reports: list[Any] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if hasattr(record, "progress"):
+            self.reports.append(record.progress)
+
+
 @pytest.fixture(scope="module")
-def both(tmp_path_factory: pytest.TempPathFactory) -> standard_artifacts.Examples:
-    return run(tmp_path_factory.mktemp("both"), dataclasses.replace(AUGMENT, where=Where.both), shards=3, labels=True)
+def both_and_reports(tmp_path_factory: pytest.TempPathFactory) -> tuple[standard_artifacts.Examples, list[Any]]:
+    """Views beside stored images, of three shards, and what was reported of the progress."""
+    logger, kept = logging.getLogger(LOGGER_NAME), Kept()
+    level = logger.level
+    logger.setLevel(logging.INFO)
+    logger.addHandler(kept)
+    try:
+        augment = dataclasses.replace(AUGMENT, where=Where.both)
+        return run(tmp_path_factory.mktemp("both"), augment, shards=3, labels=True), kept.reports
+    finally:
+        logger.removeHandler(kept)
+        logger.setLevel(level)
+
+
+@pytest.fixture(scope="module")
+def both(both_and_reports: tuple[standard_artifacts.Examples, list[Any]]) -> standard_artifacts.Examples:
+    return both_and_reports[0]
 
 
 def test_views_are_the_recipes_of_every_image_in_the_order_of_the_shard(one_shard: standard_artifacts.Examples) -> None:
@@ -162,14 +189,15 @@ def test_views_are_the_recipes_of_every_image_in_the_order_of_the_shard(one_shar
             assert row == {"id": identity.encode(), "query": expected[0].tobytes(), "key": expected[1].tobytes()}
 
 
-@pytest.mark.parametrize("compress", [False, True])
-def test_bytes_do_not_depend_on_shards_bundles_or_threads(
-    one_shard: standard_artifacts.Examples, both: standard_artifacts.Examples, tmp_path: Path, compress: bool
+def test_bytes_do_not_depend_on_shards_bundles_threads_or_compression(
+    one_shard: standard_artifacts.Examples, both: standard_artifacts.Examples, tmp_path: Path
 ) -> None:
     args = ("--direct_num_workers=2", "--direct_running_mode=multi_threading")
-    made = run(tmp_path, shards=5, beam_args=args, compress=compress, labels=True)
+    made = run(tmp_path, shards=5, beam_args=args, compress=True, labels=True)
     for pair in range(AUGMENT.pairs_per_image):
-        assert read(made, f"views-p{pair:04d}-") == read(one_shard, f"views-p{pair:04d}-")
+        expected = read(one_shard, f"views-p{pair:04d}-")
+        assert read(made, f"views-p{pair:04d}-") == expected
+        assert read(both, f"views-p{pair:04d}-") == expected
     for split in ("train", "eval"):
         assert sample_rows(made, split) == sample_rows(both, split)
 
@@ -312,9 +340,9 @@ def test_a_retried_bundle_leaves_the_same_files(tmp_path: Path) -> None:
     shard = find_shards(f"{examples.uri}/Split-train")[0]
     contents = []
     for _ in range(2):
-        with TestPipeline(argv=[*BEAM_ARGUMENTS]) as pipeline:
-            files = pipeline | beam.Create([shard]) | stages.MakeViews(job)
-            assert_that(files | beam.Map(lambda file: file.records), equal_to([IMAGES] * 2))
+        function = stages.MakeViewsFn(job)
+        function.setup()
+        assert [file.records for file in function.process(shard)] == [IMAGES] * 2
         contents.append({p.name: p.read_bytes() for p in Path(job.split_folder).iterdir()})
     assert contents[0] == contents[1]
     assert not list(Path(job.scratch).iterdir())
@@ -350,10 +378,10 @@ def test_the_needed_space_is_what_is_written(both: standard_artifacts.Examples) 
     assert 0.9 * written < executor.needed_bytes(job) < 1.1 * written
 
 
-def test_progress_counts_up_to_all_pairs(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO, LOGGER_NAME):
-        run(tmp_path, shards=3)
-    reports = [record.progress for record in caplog.records if hasattr(record, "progress")]
+def test_progress_counts_up_to_all_pairs(
+    both_and_reports: tuple[standard_artifacts.Examples, list[Any]],
+) -> None:
+    _, reports = both_and_reports
     done = [report.done for report in reports]
     assert done == sorted(done)
     assert done[-1] == reports[-1].total == IMAGES * AUGMENT.pairs_per_image
