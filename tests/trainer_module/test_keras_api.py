@@ -11,7 +11,7 @@ import tensorflow as tf
 
 from trainer_module.batch_norm import FusedBatchNormalization, SplitBatchNormalization
 from trainer_module.build import build
-from trainer_module.config import EncoderConfig, Head, KeyBnConfig, KeyBnMode, Stem, TrainConfig
+from trainer_module.config import EncoderConfig, Head, KeyBnConfig, KeyBnMode, TrainConfig
 from trainer_module.errors import UserError
 from trainer_module.keras_api import MoCoModel, ShuffledBatchNorm
 from trainer_module.key_queue import KeyQueue
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.long
 
 # A small rate: what rounds otherwise in a graph must not grow.
 SIDE, BATCH, RATE, MEAN, STD = 8, 8, 1e-3, (128.0,) * 3, (64.0,) * 3
-SMALL = EncoderConfig(name="resnet18", stem=Stem.cifar, width=2, head=Head.v1, dim=8)
+SMALL = EncoderConfig(name="pipeline.tpu.small_encoder.two_convolutions", head=Head.v1, dim=8)
 
 
 def networks(mode):
