@@ -1,7 +1,8 @@
 """A small encoder that traces in a second, and replicas of any number, eagerly and without devices."""
 
+import contextlib
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -31,9 +32,22 @@ def in_lockstep():
 
 
 class _Meeting:
+    """Where the replicas of one run wait for each other; between two waits one of them runs at a time.
+
+    So they may also write into one graph, and no processor time is lost to threads that press for the interpreter.
+    """
+
     def __init__(self, count: int) -> None:
         self.slots: list[Any] = [None] * count
         self.barrier = threading.Barrier(count, timeout=60)
+        self.turn = threading.Lock()
+
+    def wait(self) -> None:
+        self.turn.release()
+        try:
+            self.barrier.wait()
+        finally:
+            self.turn.acquire()
 
 
 class LockstepReplica:
@@ -52,15 +66,18 @@ class LockstepReplica:
         @tf.custom_gradient
         def summed(*tensors: tf.Tensor) -> Any:
             # As tf.distribute and the TPU have it: the gradient of a sum over replicas is the sum of the gradients.
-            return self._meet(tensors), lambda *gradients: self._meet(gradients)
+            return self._meet(*tensors), self._meet
 
-        return tf.nest.pack_sequence_as(tree, summed(*tf.nest.flatten(tree)))
+        flat = tf.nest.flatten(tree)
+        # In a graph TensorFlow walks back through all of it for each function with a gradient; integers have none.
+        act = summed if any(tensor.dtype.is_floating for tensor in flat) else self._meet
+        return tf.nest.pack_sequence_as(tree, act(*flat))
 
-    def _meet(self, tensors: Sequence[tf.Tensor]) -> list[tf.Tensor]:
+    def _meet(self, *tensors: tf.Tensor) -> list[tf.Tensor]:
         self._meeting.slots[self._index] = tensors
-        self._meeting.barrier.wait()
+        self._meeting.wait()
         result = [tf.add_n(list(values)) for values in zip(*self._meeting.slots, strict=True)]
-        self._meeting.barrier.wait()
+        self._meeting.wait()
         return result
 
     def sum_pair(self, x: tf.Tensor, distance: int) -> tf.Tensor:
@@ -71,15 +88,16 @@ class LockstepReplica:
 
 
 def _in_lockstep(count: int, function: Callable[[LockstepReplica], Any]) -> list[Any]:
-    """Runs a function once for each of R replicas and returns what each gave."""
-    meeting = _Meeting(count)
+    """Runs a function once for each of R replicas and returns what each gave; within a tf.function, into its graph."""
+    meeting, eager, graph = _Meeting(count), tf.executing_eagerly(), tf.compat.v1.get_default_graph()
 
     def one(index: int) -> Any:
-        try:
-            return function(LockstepReplica(index, count, meeting))
-        except BaseException:
-            meeting.barrier.abort()
-            raise
+        with meeting.turn, contextlib.nullcontext() if eager else graph.as_default():
+            try:
+                return function(LockstepReplica(index, count, meeting))
+            except BaseException:
+                meeting.barrier.abort()
+                raise
 
     with ThreadPoolExecutor(count) as pool:
         return list(pool.map(one, range(count)))

@@ -3,6 +3,7 @@
 import dataclasses
 import gc
 import logging
+import shutil
 import signal
 
 import keras
@@ -103,7 +104,7 @@ def whole(model, tmp_path_factory):
 
 
 def test_the_loss_falls_and_the_positive_is_found(model, tmp_path):
-    _, result = run(model, tmp_path, epochs=15)
+    _, result = run(model, tmp_path, epochs=15, steps_per_loop=STEPS)
     assert result.steps == 15 * STEPS
     assert result.pretext_top1 > 0.3  # chance is 1 in 65
     assert result.final_loss < np.log(65)
@@ -153,37 +154,44 @@ def test_an_interruption_saves_the_last_step_and_the_run_ends_as_an_unbroken_one
     assert_same(whole[0], resumed)
 
 
-def test_a_run_goes_on_with_another_number_of_replicas(model, tmp_path):
-    run(model, tmp_path, epochs=1, schedule_epochs=2, replicas=1)
-    state, result = run(model, tmp_path, epochs=2, replicas=2)
+IDENTITY = {"seed": 0}
+
+
+@pytest.fixture(scope="module")
+def finished(model, tmp_path_factory):
+    """Folder, state and result of a finished run of one epoch on one replica; not to be written to."""
+    folder = tmp_path_factory.mktemp("finished")
+    return folder, *run(model, folder, epochs=1, schedule_epochs=2, identity=IDENTITY, replicas=1)
+
+
+def test_a_run_goes_on_with_another_number_of_replicas(model, tmp_path, finished):
+    shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
+    state, result = run(model, tmp_path, epochs=2, identity=IDENTITY, replicas=2)
     assert result.resumed_from == STEPS
     assert state.step == 2 * STEPS
     assert np.isfinite(result.final_loss)
 
 
-def test_a_run_with_other_settings_is_refused_with_the_keys(model, tmp_path):
-    run(model, tmp_path, epochs=1, identity={"seed": 0}, replicas=1)
+def test_a_run_with_other_settings_is_refused_with_the_keys(model, finished):
     with pytest.raises(UserError, match=r"ckpt is of a run with seed=0, now 1; finish it"):
-        run(model, tmp_path, epochs=1, identity={"seed": 1}, replicas=1)
+        run(model, finished[0], epochs=1, identity={"seed": 1}, replicas=1)
 
 
-def test_a_checkpoint_of_another_network_is_refused(model, tmp_path):
-    run(model, tmp_path, epochs=1, replicas=1)
+def test_a_checkpoint_of_another_network_is_refused(model, finished):
     with pytest.raises(UserError, match="other tensors"):
-        run(model, tmp_path, epochs=1, queue=128, replicas=1)
+        run(model, finished[0], epochs=1, identity=IDENTITY, queue=128, replicas=1)
 
 
-def test_a_finished_run_started_again_trains_no_further(model, tmp_path):
-    before, trained = run(model, tmp_path, epochs=1, replicas=1)
-    after, result = run(model, tmp_path, epochs=1, replicas=1)
+def test_a_finished_run_started_again_trains_no_further(model, finished):
+    folder, before, trained = finished
+    after, result = run(model, folder, epochs=1, identity=IDENTITY, replicas=1)
     assert result == dataclasses.replace(trained, resumed_from=STEPS)
-    for a, b in zip(tf.nest.flatten(before), tf.nest.flatten(after), strict=True):
-        np.testing.assert_array_equal(a, b)
+    assert_same(before, after)
 
 
 def test_a_diverged_run_stops_with_the_step_and_the_mend(model, tmp_path):
     with pytest.raises(UserError, match=r"step \d+ is nan; lower train.learning_rate"):
-        run(model, tmp_path, epochs=3, learning_rate=1e30)
+        run(model, tmp_path, epochs=3, learning_rate=1e30, replicas=1)
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ def test_backbone_has_torchvisions_tensors_by_name_and_shape(name):
 
 @pytest.mark.parametrize(("head", "layers"), [(Head.v1, ["fc"]), (Head.v2, ["fc.0", "fc.1", "fc.2"])])
 def test_head_is_the_papers(head, layers):
-    encoder = build_encoder(EncoderConfig("resnet18", head=head), 32, Precision.float32, 0)
+    encoder = build_encoder(EncoderConfig("resnet18", width=4, head=head), 32, Precision.float32, 0)
     assert [layer.name for layer in encoder.model.layers][-len(layers) :] == layers
     assert encoder.model.output_shape == (None, 128)
 

@@ -1,6 +1,7 @@
 """The trainer's input: epochs of pairs, the order by seed, and going on from any step."""
 
 import dataclasses
+import functools
 import json
 import re
 import shutil
@@ -21,7 +22,11 @@ SIZE, IMAGES, PAIRS, SHARDS, SEED = 8, 22, 2, 3, 4
 BEAM = AugmentConfig(size=SIZE, pairs_per_image=PAIRS, where=Where.beam)
 BOTH = AugmentConfig(size=SIZE, pairs_per_image=PAIRS, where=Where.both)
 TRAINER = AugmentConfig(size=SIZE, pairs_per_image=PAIRS, where=Where.trainer)
-PLAIN_TRAINER = dataclasses.replace(TRAINER, jitter_probability=0, gray_probability=0, blur_probability=0)
+# Views whose graph is small, where it does not matter what is done to the images.
+PLAIN_BOTH, PLAIN_TRAINER = (
+    dataclasses.replace(augment, jitter_probability=0, gray_probability=0, blur_probability=0)
+    for augment in (BOTH, TRAINER)
+)
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +41,17 @@ def batches(split_dir, augment, epochs=3, start=0, batch=5, seed=SEED, pipeline=
     return [(q.numpy(), k.numpy()) for q, k in data]
 
 
+@pytest.fixture(scope="module")
+def epochs_of(split_dir):
+    """Three epochs of pairs of a recipe, each one batch of all images: the order within an epoch does not matter."""
+
+    @functools.cache
+    def of(augment):
+        return batches(split_dir, augment, batch=IMAGES)
+
+    return of
+
+
 def test_an_epoch_holds_every_image_at_most_once_and_drops_the_rest(split_dir):
     assert steps_per_epoch(open_source(str(split_dir), BEAM), 5) == 4
     queries = np.concatenate([q for q, _ in batches(split_dir, BEAM, epochs=1)])
@@ -44,9 +60,9 @@ def test_an_epoch_holds_every_image_at_most_once_and_drops_the_rest(split_dir):
 
 
 def test_going_on_from_a_step_gives_the_batches_that_would_have_come(split_dir):
-    whole = batches(split_dir, BOTH)
+    whole = batches(split_dir, PLAIN_BOTH)
     for start in (5, 9):  # within the stored pairs, and within those made anew
-        rest = batches(split_dir, BOTH, start=start)
+        rest = batches(split_dir, PLAIN_BOTH, start=start)
         assert len(rest) == len(whole) - start
         for (q, k), (expected_q, expected_k) in zip(rest, whole[start:], strict=True):
             np.testing.assert_array_equal(q, expected_q)
@@ -96,23 +112,22 @@ def test_going_on_makes_no_views_of_the_steps_that_are_done(split_dir, monkeypat
     assert len(made) == 5
 
 
-def test_views_made_by_the_trainer_are_those_that_beam_stored(split_dir):
+def test_views_made_by_the_trainer_are_those_that_beam_stored(epochs_of):
     as_sets = []
     for augment in (BEAM, BOTH, TRAINER):
-        # One batch of everything, so that the order within the epoch does not matter.
-        pairs = [np.concatenate([q, k], axis=1) for q, k in batches(split_dir, augment, epochs=2, batch=IMAGES)]
+        pairs = [np.concatenate([q, k], axis=1) for q, k in epochs_of(augment)[:PAIRS]]
         as_sets.append([{p.tobytes() for p in epoch} for epoch in pairs])
     assert as_sets[0] == as_sets[1] == as_sets[2]
     assert as_sets[0][0].isdisjoint(as_sets[0][1])
 
 
-def test_stored_pairs_come_round_again_where_only_beam_makes_them(split_dir):
-    epochs = [{q.tobytes() for q in b[0]} for b in batches(split_dir, BEAM, epochs=3, batch=IMAGES)]
+def test_stored_pairs_come_round_again_where_only_beam_makes_them(epochs_of):
+    epochs = [{q.tobytes() for q in b[0]} for b in epochs_of(BEAM)]
     assert epochs[0] == epochs[2] != epochs[1]
 
 
-def test_new_pairs_come_once_the_stored_ones_are_used_up_in_both(split_dir):
-    epochs = [{q.tobytes() for q in b[0]} for b in batches(split_dir, BOTH, epochs=3, batch=IMAGES)]
+def test_new_pairs_come_once_the_stored_ones_are_used_up_in_both(epochs_of):
+    epochs = [{q.tobytes() for q in b[0]} for b in epochs_of(BOTH)]
     assert epochs[2].isdisjoint(epochs[0])
 
 
@@ -192,7 +207,7 @@ def of_other_pixels(victim):
         (flipped, BEAM, "views-p0001-00001-of-00003.tfrecord"),
         (zeroed, BEAM, "views-p0001-00001-of-00003.tfrecord"),
         (of_other_pixels, BEAM, "views-p0001-00001-of-00003.tfrecord"),
-        (zeroed, TRAINER, "images-00001-of-00003.tfrecord"),
+        (zeroed, PLAIN_TRAINER, "images-00001-of-00003.tfrecord"),
     ],
     ids=lambda value: getattr(value, "__name__", None),
 )

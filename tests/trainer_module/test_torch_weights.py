@@ -37,6 +37,24 @@ def small(seed=0, config=SMALL):
     return build_encoder(config, 32, Precision.float32, seed)
 
 
+@pytest.fixture(scope="module")
+def encoder():
+    """For tests that leave it as it is."""
+    return small(1)
+
+
+@pytest.fixture(scope="module")
+def blank():
+    """For tests that load weights: give it to `blanked` first."""
+    return small(2)
+
+
+def blanked(encoder):
+    for variable in encoder.model.variables:
+        variable.assign(np.full(variable.shape, 0.5, np.float32))
+    return encoder
+
+
 def refused(encoder, path):
     with pytest.raises(UserError) as caught:
         load_initial_weights(encoder, str(path))
@@ -105,8 +123,8 @@ def test_features_and_statistics_are_pytorchs_in_inference_and_training(both):
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".npz"])
 @pytest.mark.parametrize("prefix", ["module.encoder_q.", "encoder_q.", "module.base_encoder.", "module.", ""])
-def test_what_is_written_is_read_back_to_the_bit_under_each_prefix(tmp_path, suffix, prefix):
-    written, read = small(1), small(2)
+def test_what_is_written_is_read_back_to_the_bit_under_each_prefix(encoder, blank, tmp_path, suffix, prefix):
+    written, read = encoder, blanked(blank)
     path = str(tmp_path / f"weights{suffix}")
     write_tensors(path, {prefix + name: t for name, t in torch_tensors(values(written.model)).items()})
     load_initial_weights(read, path)
@@ -131,8 +149,8 @@ def test_half_precision_is_read_as_float32(tmp_path):
         np.testing.assert_allclose(value, x, rtol=1e-2)
 
 
-def test_a_moco_checkpoint_has_both_encoders_and_the_queue_as_the_authors_have(tmp_path):
-    encoder, other = small(1), small(2)
+def test_a_moco_checkpoint_has_both_encoders_and_the_queue_as_the_authors_have(encoder, blank, tmp_path):
+    other = blanked(blank)
     state = initial_state(encoder.model, 24, 0)
     path = str(tmp_path / "moco.safetensors")
     write_tensors(path, moco_tensors(encoder.model, state._replace(key=[k + 1 for k in state.key])))
@@ -176,11 +194,11 @@ def test_the_head_is_taken_where_it_fits_and_else_stays_fresh(tmp_path, caplog, 
     assert ("head taken" if taken else "head fresh") in caplog.text
 
 
-def test_a_head_of_nan_is_refused(tmp_path):
-    tensors = torch_tensors(values(small(1).model))
+def test_a_head_of_nan_is_refused(encoder, tmp_path):
+    tensors = torch_tensors(values(encoder.model))
     tensors["fc.2.bias"] = np.full_like(tensors["fc.2.bias"], np.nan)
     write_tensors(str(tmp_path / "nan.npz"), tensors)
-    assert "fc.2.bias holds values that are no finite numbers" in refused(small(), tmp_path / "nan.npz")
+    assert "fc.2.bias holds values that are no finite numbers" in refused(encoder, tmp_path / "nan.npz")
 
 
 @pytest.mark.parametrize(
@@ -192,18 +210,18 @@ def test_a_head_of_nan_is_refused(tmp_path):
         ({"name": "resnet50"}, ["layer1.0.conv1.weight is [4, 4, 1, 1] there", "encoder.name=resnet50"]),
     ],
 )
-def test_weights_of_another_architecture_are_refused_with_the_key_that_mends_it(tmp_path, there, words):
+def test_weights_of_another_architecture_are_refused_with_the_key_that_mends_it(encoder, tmp_path, there, words):
     path = tmp_path / "weights.safetensors"
     config = EncoderConfig(**({"name": "resnet18", "width": 4, "dim": 8} | there))
     write_tensors(str(path), torch_tensors(values(small(config=config).model)))
-    text = refused(small(), path)
+    text = refused(encoder, path)
     for word in words:
         assert word in text
 
 
-def test_a_trial_refuses_what_the_trainer_would(tmp_path):
+def test_a_trial_refuses_what_the_trainer_would(encoder, tmp_path):
     path = str(tmp_path / "weights.npz")
-    write_tensors(path, torch_tensors(values(small().backbone)))
+    write_tensors(path, torch_tensors(values(encoder.backbone)))
     check_encoder(dataclasses.replace(SMALL, weights=path), 32)
     with pytest.raises(UserError, match=r"encoder\.width=4"):
         check_encoder(dataclasses.replace(SMALL, weights=path, width=8), 32)
@@ -213,34 +231,34 @@ def test_a_trial_refuses_what_the_trainer_would(tmp_path):
         check_encoder(EncoderConfig("nowhere.at.all"), 32)
 
 
-def test_a_missing_tensor_is_named(tmp_path):
-    tensors = torch_tensors(values(small().backbone))
+def test_a_missing_tensor_is_named(encoder):
+    tensors = torch_tensors(values(encoder.backbone))
     del tensors["layer3.1.bn2.running_var"]
     with pytest.raises(UserError, match=r"mine: has no layer3\.1\.bn2\.running_var; likely encoder.name=resnet18$"):
-        load_backbone(small().backbone, tensors, "mine")
+        load_backbone(encoder.backbone, tensors, "mine")
 
 
-def test_a_file_without_any_tensor_of_the_encoder_is_refused(tmp_path):
+def test_a_file_without_any_tensor_of_the_encoder_is_refused(encoder, tmp_path):
     write_tensors(str(tmp_path / "x.npz"), {"embedding": np.zeros(3, np.float32)})
-    text = refused(small(), tmp_path / "x.npz")
+    text = refused(encoder, tmp_path / "x.npz")
     assert "such as conv1.weight" in text
     assert "it has: embedding" in text
 
 
-def test_a_file_of_pytorch_is_refused_with_the_script_that_converts_it(tmp_path):
+def test_a_file_of_pytorch_is_refused_with_the_script_that_converts_it(encoder, tmp_path):
     for name in ("moco_v2_800ep_pretrain.pth.tar", "x.pt", "it's.pth"):
-        script = refused(small(), tmp_path / name).partition("where PyTorch is: ")[2]
+        script = refused(encoder, tmp_path / name).partition("where PyTorch is: ")[2]
         compile(script, "script", "exec")
         assert f"{name.partition('.')[0]}.safetensors" in script
 
 
-def test_what_cannot_be_read_is_refused_in_one_line(tmp_path):
-    assert "no such file" in refused(small(), tmp_path / "absent.npz")
-    assert "must end in .safetensors or .npz" in refused(small(), tmp_path / "weights.h5")
+def test_what_cannot_be_read_is_refused_in_one_line(encoder, tmp_path):
+    assert "no such file" in refused(encoder, tmp_path / "absent.npz")
+    assert "must end in .safetensors or .npz" in refused(encoder, tmp_path / "weights.h5")
     (tmp_path / "folder.npz").mkdir()
-    refused(small(), tmp_path / "folder.npz")
+    refused(encoder, tmp_path / "folder.npz")
     whole = tmp_path / "whole.safetensors"
-    write_tensors(str(whole), torch_tensors(values(small().model)))
+    write_tensors(str(whole), torch_tensors(values(encoder.model)))
     np.save(tmp_path / "array.npy", np.zeros(3))
     np.savez(tmp_path / "objects.npz", x=np.array([{}], object))
     contents = {
@@ -254,4 +272,4 @@ def test_what_cannot_be_read_is_refused_in_one_line(tmp_path):
     }
     for name, content in contents.items():
         (tmp_path / name).write_bytes(content)
-        assert "cannot be read as ." in refused(small(), tmp_path / name)
+        assert "cannot be read as ." in refused(encoder, tmp_path / name)
