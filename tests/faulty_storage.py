@@ -1,7 +1,6 @@
 """Google Cloud Storage on loopback, with faults: gcp-storage-emulator behind a proxy of TCP and HTTP.
 
-The proxy hands requests to the emulator one at a time, without a socket between the two, and adds what the emulator
-lacks and our protocols rest on:
+The proxy passes requests on to the emulator one at a time, and adds what the emulator lacks and our protocols rest on:
   - conditions (ifGenerationMatch) of uploads and deletions, at the start and at the end of resumable ones: 412;
   - `generation` of downloads, and its header;
   - resumable uploads: bytes that were stored already are passed over when they are sent again, and a finished session
@@ -13,7 +12,8 @@ A `plan` decides what becomes of a request: it is called with the request's numb
 import copy
 import dataclasses
 import enum
-import io
+import functools
+import http.client
 import json
 import re
 import socket
@@ -21,16 +21,16 @@ import struct
 import threading
 import time
 import urllib.parse
+import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from email.message import Message
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from contextlib import closing, contextmanager, suppress
+from http.server import BaseHTTPRequestHandler, HTTPServer, ThreadingHTTPServer
 from typing import Any
 
 import gcp_storage_emulator.storage
 from gcp_storage_emulator.exceptions import NotFound
 from gcp_storage_emulator.handlers.buckets import create_bucket
-from gcp_storage_emulator.server import Router
+from gcp_storage_emulator.server import RequestHandler
 
 
 class Fault(enum.Enum):
@@ -102,52 +102,25 @@ class _Memory(gcp_storage_emulator.storage.Storage):
         """Keeps no second copy as JSON after every change, from which nobody would start again."""
 
 
-class _Exchange:
-    """What the emulator takes for its connection to a client: a request that is there, and an answer that is kept."""
-
-    server_address = ("127.0.0.1", 0)
-
-    def __init__(self, storage: _Memory, request: Request):
-        self.storage, self.path, self.server = storage, request.path, self
-        self.rfile, self.wfile = io.BytesIO(request.body), io.BytesIO()
-        self.headers = Message()
-        for key, value in _kept(request.headers).items():
-            self.headers[key] = value
-        if request.body:
-            self.headers["Content-Length"] = str(len(request.body))
-        self._status, self._answered = 0, Message()
-        Router(self).handle(request.method)
-
-    def send_response(self, status: int, _: str) -> None:
-        self._status = status
-
-    def send_header(self, key: str, value: str) -> None:
-        self._answered[key] = str(value)
-
-    def end_headers(self) -> None:
-        """They end by themselves."""
-
-    @property
-    def answer(self) -> Answer:
-        return Answer(self._status, _kept(dict(self._answered.items())), self.wfile.getvalue())
-
-
 class Storage:
     """One emulator and any number of proxies in front of it."""
 
-    def __init__(self, bucket: str):
+    def __init__(self, bucket: str, emulated: _Memory | None = None):
         self.bucket = bucket
-        self._emulated = _Memory(use_memory_fs=True)
-        create_bucket(bucket, self._emulated)
+        self._emulated = emulated or _Memory(use_memory_fs=True)
+        if emulated is None:
+            create_bucket(bucket, self._emulated)
+        server = HTTPServer(("127.0.0.1", 0), functools.partial(RequestHandler, self._emulated))
+        self._port = server.server_port
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        weakref.finalize(self, _stop, server)
         self._turns = threading.RLock()
         self._sessions: dict[str, _Session] = {}
 
     def copy(self) -> "Storage":
         """Another one with the same objects of the same generations."""
-        made = Storage(self.bucket)
         with self._turns:
-            made._emulated = copy.deepcopy(self._emulated)
-        return made
+            return Storage(self.bucket, copy.deepcopy(self._emulated))
 
     def objects(self) -> dict[str, bytes]:
         """All objects by name, read from the emulator itself."""
@@ -224,8 +197,16 @@ class Storage:
         return f"/storage/v1/b/{self.bucket}/o/{urllib.parse.quote(name, safe='')}"
 
     def _ask(self, request: Request) -> Answer:
-        with self._turns:
-            return _Exchange(self._emulated, request).answer
+        with self._turns, closing(http.client.HTTPConnection("127.0.0.1", self._port, timeout=30)) as connection:
+            connection.request(request.method, request.path, request.body or None, _kept(request.headers))
+            response = connection.getresponse()
+            body = response.read()
+            return Answer(response.status, _kept(dict(response.getheaders())), body)
+
+
+def _stop(server: HTTPServer) -> None:
+    """Stops a server, which looks up only every half second: for that nobody has to wait."""
+    threading.Thread(target=lambda: (server.shutdown(), server.server_close()), daemon=True).start()
 
 
 _HOP_BY_HOP = ("connection", "content-length", "transfer-encoding", "date", "server", "accept-encoding", "expect")
