@@ -187,10 +187,11 @@ def _notes(by_id: Mapping[str, Node]) -> Iterator[str]:
 
 
 def _near_duplicates(node: Node, counts: Mapping[str, int]) -> str:
-    dropped = counts["near_duplicates_dropped"]
-    what = f"of which {dropped:,} were dropped" if dropped else "and stay; ingest.near_duplicates=drop leaves them out"
+    found, dropped = counts["near_duplicates"], counts["near_duplicates_dropped"]
+    look, stay = ("image looks", "and stays") if found == 1 else ("images look", "and stay")
+    what = f"of which {dropped:,} were dropped" if dropped else f"{stay}; ingest.near_duplicates=drop leaves them out"
     listed = _shown(f"{node.uri('examples')}/near_duplicates.jsonl")
-    return f"{counts['near_duplicates']:,} eval images look like one of the train split, {what}: {listed}"
+    return f"{found:,} eval {look} like one of the train split, {what}: {listed}"
 
 
 def _quality(

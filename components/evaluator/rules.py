@@ -39,6 +39,12 @@ RULES = (
     "leak_passed",
 )
 
+_MEASURED = {
+    "embedding_std_passed": "the spread",
+    "effective_rank_passed": "the effective rank",
+    "gain_passed": "the gain over the untrained encoder",
+    "not_worse_passed": "the change from the last blessed model",
+}
 _ROUNDING = 1e-9  # of differences between shares
 
 
@@ -94,18 +100,31 @@ def judge(found: Findings, config: EvaluateConfig) -> list[Rule]:
 
 def _judge(found: Findings, config: EvaluateConfig) -> Iterator[Rule]:
     yield _images(found)
-    if not found.train_images + found.eval_images:
-        return
-    if not found.finite:
-        yield Rule("finite_passed", False, "some embeddings are NaN or infinite")
+    yield _finite(found)
+    hindrance = _hindrance(found)
+    if hindrance:
+        yield from (Rule(name, None, f"{what} cannot be judged: {hindrance}") for name, what in _MEASURED.items())
     else:
-        yield Rule("finite_passed", True, "all embeddings are finite")
-        if found.eval_images >= 2:
-            yield _spread(found, config)
-            yield _rank(found, config)
-            yield _gain(found, config)
-            yield _not_worse(found, config)
+        yield _spread(found, config)
+        yield _rank(found, config)
+        yield _gain(found, config)
+        yield _not_worse(found, config)
     yield _leak(found)
+
+
+def _finite(found: Findings) -> Rule:
+    if not found.train_images + found.eval_images:
+        return Rule("finite_passed", None, "there are no embeddings")
+    if not found.finite:
+        return Rule("finite_passed", False, "some embeddings are NaN or infinite")
+    return Rule("finite_passed", True, "all embeddings are finite")
+
+
+def _hindrance(found: Findings) -> str:
+    """Why nothing can be measured, or nothing."""
+    if found.eval_images < 2:
+        return f"there {'is' if found.eval_images == 1 else 'are'} {_images_of(found.eval_images, 'eval')}"
+    return "" if found.finite else "embeddings are not finite"
 
 
 def _images(found: Findings) -> Rule:

@@ -393,3 +393,7 @@ def test_a_worse_model_than_the_last_blessed_is_not_pushed_and_fails_only_where_
     reason = r"serving_default: one image takes .* ms \(p95\), above serving_check\.max_latency_ms=0\.0001"
     assert re.search(rf"^ServingCheck +not blessed: {reason}", out, re.MULTILINE)
     assert re.search(rf"^blessed   no: .*; cannot be served: {reason}", out, re.MULTILINE)
+    assert re.search(r"^rules     holds   judged on \d+ eval images against \d+ train images$", out, re.MULTILINE)
+    assert re.search(r"^ {10}broken  kNN .* is not proven to be above the untrained encoder's", out, re.MULTILINE)
+    found = r"^look at   [\d,]+ eval images? looks? like one of the train split, and stays?; .*near_duplicates\.jsonl$"
+    assert re.search(found, out, re.MULTILINE)

@@ -110,6 +110,22 @@ def test_the_spread_must_reach_its_limit(spread, holds):
     assert outcome("embedding_std_passed", spread=spread).holds is holds
 
 
+@pytest.mark.parametrize(
+    ("changes", "broken", "why"),
+    [
+        ({"finite": False}, {"finite_passed"}, "embeddings are not finite"),
+        ({"eval_images": 1}, {"images_passed"}, "there is 1 eval image"),
+        ({"eval_images": 0}, {"images_passed"}, "there are 0 eval images"),
+        ({"eval_images": 0, "train_images": 0}, {"images_passed"}, "there are 0 eval images"),
+    ],
+)
+def test_every_rule_has_an_outcome_in_words_even_where_nothing_can_be_measured(changes, broken, why):
+    rules = {rule.name: rule for rule in judge(FOUND._replace(**changes), CONFIG)}
+    assert tuple(rules) == RULES
+    assert {name for name, rule in rules.items() if rule.holds is False} == broken
+    assert [(rules[name].holds, rules[name].text.endswith(f": {why}")) for name in RULES[2:6]] == [(None, True)] * 4
+
+
 def test_a_leak_alarm_is_broken_silence_holds_and_not_knowing_is_neither():
     assert outcome("leak_passed", leak="leak at step 3").holds is False
     assert outcome("leak_passed", leak="").holds is True
