@@ -10,7 +10,7 @@ and the queries are cut into pieces nor on the processor.
 import numpy as np
 from numpy.typing import NDArray
 
-_CHUNK_BYTES = 32 * 1024 * 1024
+_CHUNK_BYTES = 64 * 1024 * 1024
 _COLUMNS = 4096  # rows of the bank that are held as float64 at once
 _GROUPS = 1024
 _DENSE = 1 / 16  # share of the rows from which on a product of whole matrices is faster than one of selected rows
