@@ -46,6 +46,9 @@ class Fault(enum.Enum):
     unavailable_after = "503, but acted on"
     too_many = "429"
     timed_out = "408"
+    broken = "500"
+    bad_gateway = "502"
+    gateway_timed_out = "504"
     flipped_upload = "one byte of what is uploaded arrives as another"
     flipped_download = "one byte of what is downloaded arrives as another"
 
@@ -298,6 +301,9 @@ class _Handler(BaseHTTPRequestHandler):
             Fault.unavailable: refusal(503, "backendError", "Service Unavailable"),
             Fault.too_many: refusal(429, "rateLimitExceeded", "Too many requests"),
             Fault.timed_out: refusal(408, "uploadBrokenConnection", "Request Timeout"),
+            Fault.broken: refusal(500, "internalError", "Internal Server Error"),
+            Fault.bad_gateway: refusal(502, "badGateway", "Bad Gateway"),
+            Fault.gateway_timed_out: refusal(504, "gatewayTimeout", "Gateway Timeout"),
         }
         if fault in refusals:
             return self._send(refusals[fault])

@@ -5,7 +5,7 @@ probe's training set, and end here; those of the eval split are looked up in the
 columns that slices are made by. One further row, of the overall slice alone, holds what is known of both splits.
 
 Memory: an image is carried as float16 vectors (4 KB for 2,048 dimensions), and never all of them by one worker; for the
-search see components.evaluator.neighbours, 1.2 GB for 50,000 queries whatever the bank. The probe's images come
+search see components.evaluator.neighbours, 2.8 GB for 50,000 queries whatever the bank. The probe's images come
 together on one worker: 10,000 x (2,048 float16 + float32) are 120 MB, a few times that while it is fitted.
 """
 

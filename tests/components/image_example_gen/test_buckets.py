@@ -79,7 +79,14 @@ FAULTS = (
     Fault.flipped_download,
     None,  # refused: 503, 429 and 408 in turn
 )
-REFUSALS = (Fault.unavailable, Fault.too_many, Fault.timed_out)
+REFUSALS = (
+    Fault.unavailable,
+    Fault.too_many,
+    Fault.timed_out,
+    Fault.broken,
+    Fault.bad_gateway,
+    Fault.gateway_timed_out,
+)
 
 
 @pytest.fixture(scope="module")

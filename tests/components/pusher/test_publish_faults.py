@@ -6,6 +6,7 @@ import queue
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +25,14 @@ from trainer_module.errors import UserError
 pytestmark = pytest.mark.long
 
 PREFIX = BASE.removeprefix("gs://models/") + "/"
-REFUSALS = (Fault.unavailable, Fault.too_many, Fault.timed_out)
+REFUSALS = (
+    Fault.unavailable,
+    Fault.too_many,
+    Fault.timed_out,
+    Fault.broken,
+    Fault.bad_gateway,
+    Fault.gateway_timed_out,
+)
 # A fault that strikes once must be got over, whichever request it strikes.
 PASSING = [fault for fault in Fault if fault not in REFUSALS]
 
@@ -89,6 +97,20 @@ def test_a_fault_at_any_request_is_got_over_and_readers_see_the_new_version(faul
     assert len(undisturbed) > 10
     with ThreadPoolExecutor(8) as pool:
         assert all(pool.map(check, every_request(undisturbed, fault)))
+
+
+def test_files_are_uploaded_several_at_a_time(make_model):
+    """The first two after the claim wait for each other: one after the other, they would wait in vain."""
+    storage, model = faulty_storage.Storage("models"), make_model("new")
+    together, uploads = threading.Barrier(2, timeout=30), itertools.count()
+
+    def plan(_: int, request: Request) -> None:
+        if request.is_upload and next(uploads) in (1, 2):
+            together.wait()
+
+    publish_through(storage, model, plan)
+    assert reader(storage) == tree(model)
+    assert not together.broken
 
 
 @pytest.mark.parametrize("fault", [Fault.request_lost, Fault.answer_lost, Fault.unavailable_after])
