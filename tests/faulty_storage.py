@@ -143,7 +143,7 @@ class Storage:
         query = request.query
         if "upload_id" in query:
             return self._continue(request, query["upload_id"])
-        name = query.get("name") or _named(request)
+        name = name_of(request)
         if "ifGenerationMatch" in query and not self._matches(name, query["ifGenerationMatch"]):
             return _precondition_failed()
         if request.is_download and "generation" in query and not self._matches(name, query["generation"]):
@@ -233,7 +233,10 @@ def _precondition_failed() -> Answer:
     return refusal(412, "conditionNotMet", "At least one of the pre-conditions you specified did not hold.")
 
 
-def _named(request: Request) -> str:
+def name_of(request: Request) -> str:
+    """The object that a request is about; empty where it is about none."""
+    if "name" in request.query:
+        return request.query["name"]
     found = re.search(r"/o/([^?]+)", request.path)
     if found:
         return urllib.parse.unquote(found[1])
