@@ -53,6 +53,17 @@ class Fault(enum.Enum):
     flipped_download = "one byte of what is downloaded arrives as another"
 
 
+# What a service that is well in a moment answers.
+REFUSALS = (
+    Fault.unavailable,
+    Fault.too_many,
+    Fault.timed_out,
+    Fault.broken,
+    Fault.bad_gateway,
+    Fault.gateway_timed_out,
+)
+
+
 @dataclasses.dataclass(frozen=True)
 class Request:
     """An HTTP request that was read from its first byte to its last."""

@@ -19,7 +19,7 @@ from trainer_module.encoder import Encoder
 from trainer_module.errors import UserError
 from trainer_module.images import centre_view, eval_resize, stored_image
 from trainer_module.input import MANIFEST
-from trainer_module.online_knn import check_file, part_of
+from trainer_module.online_knn import check_file, of_backbone
 
 FILE = "expected.tfrecord"
 
@@ -105,8 +105,7 @@ def host_embedder(
         query_stats: its BN statistics, in the order of encoder.model.non_trainable_variables.
         mean, std: per channel, in the units of the pixels.
     """
-    parameters = part_of(query, encoder.model.trainable_variables, encoder.backbone.trainable_variables)
-    stats = part_of(query_stats, encoder.model.non_trainable_variables, encoder.backbone.non_trainable_variables)
+    parameters, stats = of_backbone(encoder, query, query_stats)
 
     def embed(views: NDArray[np.float32]) -> NDArray[np.float32]:
         parts = []

@@ -138,8 +138,7 @@ def replica_features(
         query_stats: its BN statistics, in the order of encoder.model.non_trainable_variables.
         mean, std: per channel, in the units of the pixels.
     """
-    parameters = part_of(query, encoder.model.trainable_variables, encoder.backbone.trainable_variables)
-    stats = part_of(query_stats, encoder.model.non_trainable_variables, encoder.backbone.non_trainable_variables)
+    parameters, stats = of_backbone(encoder, query, query_stats)
 
     def features(views: tf.Tensor) -> tf.Tensor:
         x = (tf.cast(views, tf.float32) - mean) / std
@@ -155,8 +154,22 @@ def _share_of(images: NDArray[np.uint8], share: int, context: tf.distribute.expe
     return tf.constant(images[start : start + share])
 
 
-def part_of(values: Sequence[T], whole: Sequence[keras.Variable], part: Sequence[keras.Variable]) -> list[T]:
-    """Of the values that stand for a model's variables, those of a part of it."""
+def of_backbone(encoder: Encoder, query: Sequence[T], query_stats: Sequence[T]) -> tuple[list[T], list[T]]:
+    """Of what stands for f_q's variables, the parameters and the BN statistics of its backbone.
+
+    Args:
+        encoder: the architecture.
+        query: in the order of encoder.model.trainable_variables.
+        query_stats: in the order of encoder.model.non_trainable_variables.
+    """
+    model, backbone = encoder.model, encoder.backbone
+    return (
+        _part_of(query, model.trainable_variables, backbone.trainable_variables),
+        _part_of(query_stats, model.non_trainable_variables, backbone.non_trainable_variables),
+    )
+
+
+def _part_of(values: Sequence[T], whole: Sequence[keras.Variable], part: Sequence[keras.Variable]) -> list[T]:
     places = {id(variable): place for place, variable in enumerate(whole)}
     return [values[places[id(variable)]] for variable in part]
 

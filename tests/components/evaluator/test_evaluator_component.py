@@ -1,6 +1,7 @@
 """The stock Evaluator with our metric, models and examples, run by LocalDagRunner on real images."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -100,8 +101,11 @@ def save_model(directory: Path, kind: str, leak: str) -> None:
             pixels = tf.map_fn(pixels_of, examples, fn_output_signature=tf.TensorSpec([192], tf.float32))
 
             def noise(draw):
-                of = lambda example: noise_of(example, draw)  # noqa: E731
-                return tf.map_fn(of, examples, fn_output_signature=tf.TensorSpec([16], tf.float32))
+                return tf.map_fn(
+                    functools.partial(noise_of, draw=draw),
+                    examples,
+                    fn_output_signature=tf.TensorSpec([16], tf.float32),
+                )
 
             outputs = {
                 "embedding": embed(pixels, noise(1)),
@@ -160,8 +164,12 @@ def run(tmp_path_factory) -> Run:
     images = write_examples(root / "labelled", sample_images(), labelled=True)
     write_examples(root / "unlabelled", sample_images(), labelled=False)
     write_examples(root / "one_image", sample_images(), labelled=True, held_out=lambda index, _: index == 1)
-    no_food = lambda index, label: index % 4 == 0 and label != "food"  # noqa: E731
-    write_examples(root / "no_food", sample_images(), labelled=True, held_out=no_food)
+    write_examples(
+        root / "no_food",
+        sample_images(),
+        labelled=True,
+        held_out=lambda index, label: index % 4 == 0 and label != "food",
+    )
     nodes = {}
     for name in sorted({examples for _, _, examples, _ in NODES.values()}):
         nodes[name] = tfx.dsl.Importer(

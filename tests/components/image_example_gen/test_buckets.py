@@ -8,7 +8,7 @@ from pathlib import Path
 
 import faulty_storage
 import pytest
-from faulty_storage import Answer, Fault, Request, at_request, refusal
+from faulty_storage import REFUSALS, Answer, Fault, Request, at_request, refusal
 
 from components.image_example_gen import buckets, sources
 from components.image_example_gen.config import IngestConfig
@@ -78,14 +78,6 @@ FAULTS = (
     Fault.answer_stalls,
     Fault.flipped_download,
     None,  # refused: 503, 429 and 408 in turn
-)
-REFUSALS = (
-    Fault.unavailable,
-    Fault.too_many,
-    Fault.timed_out,
-    Fault.broken,
-    Fault.bad_gateway,
-    Fault.gateway_timed_out,
 )
 
 
