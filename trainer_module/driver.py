@@ -24,7 +24,7 @@ from trainer_module.config import Schedule, TrainConfig
 from trainer_module.errors import UserError
 from trainer_module.moco import Metrics, MoCo, State
 from trainer_module.replica import current_replica
-from trainer_module.strategy import steps_per_loop
+from trainer_module.strategy import adding_in_order, steps_per_loop
 from trainer_module.watch import Result, Watch, newest_rows, timed_next
 
 RESULT_FILE = "result.json"
@@ -167,7 +167,11 @@ class Driver:
                 self._strategy.run(replica_step, args=batch)
             return tf.gather(self._metrics, (first + tf.range(steps)) % self._steps_per_loop), waited
 
-        return lambda batches, steps: loop(batches, tf.convert_to_tensor(steps, tf.int32))
+        def run(batches: Batches, steps: int) -> tuple[tf.Tensor, tf.Tensor]:
+            with adding_in_order():
+                return loop(batches, tf.convert_to_tensor(steps, tf.int32))
+
+        return run
 
     def compiled_step(self) -> Callable[[Batches], Metrics]:
         """One step at a time: takes the next global batch, returns its metrics, float32[] each."""

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import tensorflow as tf
+from tensorflow.core.protobuf import config_pb2, rewriter_config_pb2
+from tensorflow.python.eager import context  # the only way to what adding_in_order sets
 
 from trainer_module import progress
 from trainer_module.config import (
@@ -62,6 +64,24 @@ def multiply_in_full() -> None:
     train.precision says.
     """
     tf.config.experimental.enable_tensor_float_32_execution(False)
+
+
+@contextlib.contextmanager
+def adding_in_order() -> Iterator[None]:
+    """A tf.function that is first called here adds up in its graph's order, and so to the same bits each time.
+
+    TensorFlow's memory optimizer (Grappler's) has the terms of a sum added in the order in which they happen to come,
+    once it thinks a graph too large for its device; and of a CPU device it thinks that it has 256 MB.
+    """
+    eager = context.context()
+    given = eager.function_call_options
+    config = config_pb2.ConfigProto.FromString(given.config_proto_serialized)
+    config.graph_options.rewrite_options.memory_optimization = rewriter_config_pb2.RewriterConfig.NO_MEM_OPT
+    eager.function_call_options = context.FunctionCallOptions(given.executor_type, config)
+    try:
+        yield
+    finally:
+        eager.function_call_options = given
 
 
 def prepare(config: TrainConfig) -> None:

@@ -157,6 +157,7 @@ def test_set_takes_numbers_enums_lists_booleans_sections_and_references():
         ("train.milestones[0]=3", ["train.milestones", "[120,160]"]),
         ("train.epochs=many", ["train.epochs=many", "not an integer", "train.epochs=200"]),
         ("train.epochs=1.5", ["train.epochs=1.5", "not an integer", "train.epochs=2"]),
+        ("train.epochs=0", ["train.epochs=0", "train.epochs=1"]),
         ("train.epochs=true", ["train.epochs=true", "not an integer"]),
         ("train.epochs=null", ["train.epochs=null", "not an integer"]),
         ("train.epochs='???'", ["train.epochs='???'", "not an integer"]),

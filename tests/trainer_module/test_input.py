@@ -15,6 +15,8 @@ from trainer_module import input as trainer_input
 from trainer_module.config import AugmentConfig, Where
 from trainer_module.errors import UserError
 from trainer_module.input import damage_named, dataset_from, open_source, steps_per_epoch
+from trainer_module.replica import own_rows
+from trainer_module.shuffle import Memory, host
 from trainer_module.strategy import make_strategy
 from trainer_module.views import view_pair
 
@@ -35,9 +37,9 @@ def split_dir(tmp_path_factory):
     return write_views(tmp_path_factory.mktemp("views"), IMAGES, SHARDS, SEED, BEAM)
 
 
-def batches(split_dir, augment, epochs=3, start=0, batch=5, seed=SEED, pipeline=None):
+def batches(split_dir, augment, epochs=3, start=0, batch=5, seed=SEED, pipeline=None, **kwargs):
     source = open_source(str(split_dir), augment)
-    data = dataset_from(source, augment, seed, epochs, batch, start, pipeline or tf.distribute.InputContext())
+    data = dataset_from(source, augment, seed, epochs, batch, start, pipeline or tf.distribute.InputContext(), **kwargs)
     return [(q.numpy(), k.numpy()) for q, k in data]
 
 
@@ -84,6 +86,31 @@ def test_the_rows_of_all_hosts_and_replicas_together_are_the_global_batches(spli
         elements = [element for part in parts for element in part[step * each : (step + 1) * each]]
         for which in (0, 1):
             np.testing.assert_array_equal(np.concatenate([e[which] for e in elements]), views[which])
+
+
+def test_key_views_that_two_hosts_shuffled_find_their_queries_again_from_any_step_on(split_dir, in_lockstep):
+    hosts, replicas, batch, start = 2, 4, 8, 3
+    whole = batches(split_dir, BEAM, batch=batch, start=start)
+    contexts = [tf.distribute.InputContext(hosts, host, replicas) for host in range(hosts)]
+    parts = [
+        batches(split_dir, BEAM, batch=batch, start=start, pipeline=context, shuffled_keys=True) for context in contexts
+    ]
+    each = replicas // hosts
+
+    def f_k(x, stats):
+        return tf.reshape(tf.cast(x, tf.float32), [batch // replicas, -1]), stats
+
+    for step, (queries, keys) in enumerate(whole):
+        elements = [element for part in parts for element in part[step * each : (step + 1) * each]]
+        np.testing.assert_array_equal(np.concatenate([query for query, _ in elements]), queries)
+        arriving = np.concatenate([key for _, key in elements])
+        assert np.any(arriving != keys)
+
+        def encode(replica, arriving=arriving, seed=(SEED, start + step)):
+            own = own_rows(replica, tf.constant(arriving))
+            return host(hosts)(f_k, own, replica, tf.constant(seed), Memory([], [], [])).own
+
+        np.testing.assert_array_equal(np.concatenate(in_lockstep(replicas, encode)), keys.reshape(batch, -1))
 
 
 def test_a_strategy_s_replicas_get_their_rows_of_the_global_batch_in_order(split_dir):

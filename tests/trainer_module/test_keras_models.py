@@ -122,10 +122,17 @@ def test_a_model_that_pools_by_itself_is_taken_as_it_is(images):
     assert call(encoder, images, training=True)[0].shape == (6, 4)
 
 
-@pytest.mark.parametrize("precision", Precision)
-def test_a_model_of_keras_applications_is_an_encoder_with_our_head(images, precision):
-    encoder = encoder_of("keras.applications.MobileNetV3Small", precision=precision)
-    assert encoder.backbone.output_shape == (None, 576)
+@pytest.mark.parametrize(
+    ("name", "dim", "precision"),
+    [
+        ("MobileNetV3Small", 576, Precision.float32),
+        ("MobileNetV3Small", 576, Precision.bfloat16),
+        ("EfficientNetV2B0", 1280, Precision.float32),
+    ],
+)
+def test_a_model_of_keras_applications_is_an_encoder_with_our_head(images, name, dim, precision):
+    encoder = encoder_of(f"keras.applications.{name}", precision=precision)
+    assert encoder.backbone.output_shape == (None, dim)
     assert [layer.name for layer in encoder.model.layers][-3:] == ["fc.0", "fc.1", "fc.2"]
     out, stats = call(encoder, images, training=True)
     assert (out.dtype, {s.dtype for s in stats}) == (tf.float32, {tf.float32})

@@ -1,5 +1,6 @@
 """The leak experiment on a tiny scale: real trainings, a real table and picture."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -59,3 +60,12 @@ def test_the_curves_beside_the_pictures_of_the_notes_are_whole_so_nothing_is_tra
     figures = bench.measure(str(tmp_path))
     assert 0 < figures["cross_replica_sum_pretext_top1"] < figures["none_pretext_top1"]
     assert (tmp_path / "leak.png").exists()
+
+
+def test_of_the_longer_experiment_shuffling_has_the_better_knn_too():
+    measured = Path(leak.__file__).parent / "measured" / "leak_longer" / "curves.json"
+    ends = {
+        mode: [leak.Point(*curve[-1]).knn_top1 for curve in curves]
+        for mode, curves in json.loads(measured.read_text())["curves"].items()
+    }
+    assert np.mean(ends["cross_replica_sum"]) > np.mean(ends["none"])
