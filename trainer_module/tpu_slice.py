@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -79,8 +80,22 @@ def tpu_lent(host: Host) -> Iterator[None]:
     try:
         yield
     finally:
-        server.terminate()
+        server.kill()
         server.wait()
+
+
+def lend(host: Host, poll: float = _POLL_SECONDS) -> None:
+    """Lends this host's TPU until host 0 has gone; for the main thread of a process that does nothing else.
+
+    SIGTERM does not end it: the hosts of a slice that is taken back are all told at once, and host 0 then saves the
+    training, for which it needs every host's chips.
+
+    Raises:
+        TimeoutError: host 0 never came.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    with tpu_lent(host):
+        wait_for_coordinator(host, poll=poll)
 
 
 def wait_for_hosts(host: Host, seconds: float = _START_SECONDS) -> None:
@@ -120,6 +135,9 @@ def _answers(address: str) -> bool:
 
 
 def _serve(host: Host) -> None:
+    # Some systems tell every process to end, and this one has to outlast the training; who began it also kills it.
+    for told in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(told, signal.SIG_IGN)
     import tensorflow as tf
 
     from trainer_module.strategy import multiply_in_full

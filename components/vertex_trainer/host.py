@@ -43,10 +43,10 @@ class Executor(GenericExecutor):
             self._train(told, input_dict, output_dict, exec_properties)
             return
         here = tpu_slice.this_host(os.environ, told[HOSTS])
+        if here.index:
+            tpu_slice.lend(here)
+            return
         with tpu_slice.tpu_lent(here):
-            if here.index:
-                tpu_slice.wait_for_coordinator(here)
-                return
             tpu_slice.wait_for_hosts(here)
             told |= _with_tpu(Experiment.from_custom_config(told), here.name).to_custom_config()
             self._train(told, input_dict, output_dict, exec_properties)

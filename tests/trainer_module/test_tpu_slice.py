@@ -1,10 +1,13 @@
 """The hosts of a slice: each finds out which it is, lends its devices, and ends when the training has ended."""
 
+import contextlib
+import os
+import signal
 import socket
 import subprocess
 import sys
-import threading
 
+import psutil
 import pytest
 
 from trainer_module import tpu_slice
@@ -52,24 +55,36 @@ def test_a_host_that_never_comes_is_waited_for_no_longer_than_said():
         tpu_slice.wait_for_hosts(Host(0, free_ports(1)), seconds=0.0)
 
 
-def test_the_coordinator_drives_every_hosts_server_and_the_others_end_after_it():
+@pytest.fixture
+def other_host():
+    """Begins a host that lends its devices, with its server in a process group of its own."""
+    begun = []
+
+    def begin(host):
+        program = f"from trainer_module import tpu_slice as s; s.lend(s.{host!r}, poll=0.05)"
+        begun.append(subprocess.Popen([sys.executable, "-c", program], start_new_session=True))
+        return begun[-1]
+
+    yield begin
+    for process in begun:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def test_the_coordinator_drives_every_hosts_server_until_it_ends_even_if_the_others_are_told_to_end(other_host):
     addresses = free_ports(2)
-    ended = threading.Event()
-
-    def other_host():
-        with tpu_slice.tpu_lent(Host(1, addresses)):
-            tpu_slice.wait_for_coordinator(Host(1, addresses), poll=0.05)
-        ended.set()
-
-    threading.Thread(target=other_host, daemon=True).start()
+    other = other_host(Host(1, addresses))
     with tpu_slice.tpu_lent(Host(0, addresses)):
         tpu_slice.wait_for_hosts(Host(0, addresses))
-        said = subprocess.run(
-            [sys.executable, "-c", COORDINATOR, ",".join(addresses)], capture_output=True, text=True, check=True
-        )
-        assert not ended.is_set()
+        os.killpg(other.pid, signal.SIGTERM)  # the host and its server
+        (server,) = [p for p in psutil.Process().children() if tpu_slice.__name__ in p.cmdline()]
+        server.terminate()
+        command = [sys.executable, "-c", COORDINATOR, ",".join(addresses)]
+        said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+        assert other.poll() is None
     assert [line.partition("/device")[0] for line in said.stdout.split()] == [
         "/job:worker/replica:0/task:0",
         "/job:worker/replica:0/task:1",
     ]
-    assert ended.wait(60)
+    assert other.wait(60) == 0
