@@ -227,7 +227,7 @@ def _beside(metrics: Mapping[str, float | None], intervals: Mapping[str, Mapping
 
 def _serving(check: Node) -> Iterator[tuple[str, str]]:
     report = read_report(check.uri("blessing"))
-    if report.blessed:
+    if report.blessed and report.figures:
         alone, full = (_latency(report.figures, batch) for batch in (BATCHES[0], BATCHES[-1]))
         yield (
             "served",
@@ -343,6 +343,8 @@ def _describe_serving_check(node: Node) -> str:
         further = f" (and {len(report.reasons) - 1} more)" if len(report.reasons) > 1 else ""
         return f"not blessed: {report.reasons[0]}{further}"
     figures = report.figures
+    if not figures:
+        return "blessed by InfraValidator"
     return (
         f"{figures['signatures']} signatures, {figures['images']:,} images, {_latency(figures, BATCHES[-1]):.1f} ms an "
         f"image at {BATCHES[-1]}, {figures['peak_mib']:,} MiB: blessed"

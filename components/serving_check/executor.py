@@ -12,6 +12,7 @@ from tensorflow_serving.apis import prediction_log_pb2
 from tfx import types
 from tfx.components.infra_validator import executor as infra_validator
 from tfx.dsl.components.base import base_executor
+from tfx.dsl.io import fileio
 from tfx.types import artifact_utils
 from tfx.utils import io_utils, path_utils
 
@@ -64,12 +65,16 @@ def mark(blessing: types.Artifact, blessed: bool) -> None:
 
 
 def read_report(blessing_uri: str) -> Verdict:
-    """What was found.
+    """What was found; the outcome alone, without figures, where it was the stock InfraValidator that looked.
 
     Args:
         blessing_uri: of the `blessing` output.
     """
-    report = json.loads(io_utils.read_string_file(os.path.join(blessing_uri, REPORT_FILE)))
+    path = os.path.join(blessing_uri, REPORT_FILE)
+    if not fileio.exists(path):
+        blessed = fileio.exists(os.path.join(blessing_uri, infra_validator._BLESSED_FILENAME))
+        return Verdict(() if blessed else ("InfraValidator did not bless it; its log says why",), {})
+    report = json.loads(io_utils.read_string_file(path))
     return Verdict(tuple(report["reasons"]), report["figures"])
 
 

@@ -23,9 +23,10 @@ from ml_metadata.proto import metadata_store_pb2
 from small_runs import result_of, settings, write_images
 from tfx.orchestration import metadata
 from tfx.types.artifact_utils import verify_artifacts
-from tfx.types.standard_artifacts import Examples
+from tfx.types.standard_artifacts import Examples, InfraBlessing
 
 from components.pusher.executor import CARD_FILE
+from components.serving_check.executor import mark
 from pipeline import cli, config, console, local, report
 from trainer_module.config import AugmentConfig
 from trainer_module.errors import UserError
@@ -321,6 +322,17 @@ def test_the_folder_that_a_refusal_of_the_views_names_is_the_one_by_which_tfx_ma
     # By this the launcher decides whether what an earlier run made still stands for the stage.
     with pytest.raises(RuntimeError, match="missing") if advice_followed else contextlib.nullcontext():
         verify_artifacts({"views": [artifact]})
+
+
+@pytest.mark.parametrize("blessed", [True, False])
+def test_the_blessing_of_the_stock_infra_validator_is_told_as_well(tmp_path, blessed):
+    blessing = InfraBlessing()
+    blessing.uri = str(tmp_path)
+    mark(blessing, blessed)
+    node = report.Node("ServingCheck", 0, 0, False, {"blessing": [blessing]})
+    said = "blessed by InfraValidator" if blessed else "not blessed: InfraValidator did not bless it; its log says why"
+    assert report.describe(node) == said
+    assert not list(report._serving(node))
 
 
 def test_a_version_that_was_deleted_is_published_again(first, images, workdir):
