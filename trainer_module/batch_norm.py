@@ -140,12 +140,14 @@ class SyncBatchNormalization(FusedBatchNormalization):
 
 @keras.saving.register_keras_serializable("moco")
 class ShuffledBatchNorm(FusedBatchNormalization):
-    """Normalises with statistics that it is given and never, in training, with those of the batch at hand.
+    """Normalises with statistics that it is given; a training call observes those of the batch at hand.
 
     For a key encoder: a key's normalisation then tells nothing of the batch that holds its query, on one device and
-    with no traffic. The statistics are `bn_stats`, or else those in moving_mean and moving_variance; a training call
-    leaves the batch's own ones there for a KeyQueue to keep (trainer_module.key_queue). Called with training=False it
-    normalises likewise and leaves everything as it is. Statistics are float32 under every dtype policy.
+    with no traffic. The keys are made without `training`, with `bn_stats` or else what is in moving_mean and
+    moving_variance. A training call normalises the batch by itself, and leaves its statistics there for a KeyQueue to
+    keep (trainer_module.key_queue). They are two passes for a reason: observed where the layers below normalise with
+    another batch's statistics, they would be further off with every layer, and after some steps without bounds.
+    Statistics are float32 under every dtype policy.
 
     Example:
         import tensorflow as tf
@@ -153,7 +155,8 @@ class ShuffledBatchNorm(FusedBatchNormalization):
 
         norm = ShuffledBatchNorm()
         x = tf.random.normal([8, 4, 4, 3])
-        y = norm(x, training=True, bn_stats=(tf.zeros([3]), tf.ones([3])))
+        y = norm(x, bn_stats=(tf.zeros([3]), tf.ones([3])))
+        norm(x, training=True)
         observed = [norm.moving_mean.value, norm.moving_variance.value]    # of x, for the normalisation of later keys
     """
 
@@ -164,14 +167,13 @@ class ShuffledBatchNorm(FusedBatchNormalization):
     def call(self, x: tf.Tensor, training: bool = False, bn_stats: Moments | None = None) -> tf.Tensor:
         """x: [N, H, W, C], bn_stats: mean and variance, float32[C] each -> [N, H, W, C]."""
         x = tf.cast(x, self.compute_dtype)
-        given = self.running() if bn_stats is None else bn_stats
-        given_mean, given_variance = (tf.cast(value, tf.float32) for value in given)
-        y = self.normalize(x, (given_mean, given_variance))
-        if training:
-            _, (batch_mean, variance) = self.normalize_by_itself(x)
-            self.moving_mean.assign(batch_mean)
-            self.moving_variance.assign(variance)
-        return y
+        if training and bn_stats is None:
+            y, observed = self.normalize_by_itself(x)
+            for variable, value in zip((self.moving_mean, self.moving_variance), observed, strict=True):
+                variable.assign(value)
+            return y
+        given_mean, given_variance = self.running() if bn_stats is None else bn_stats
+        return self.normalize(x, (tf.cast(given_mean, tf.float32), tf.cast(given_variance, tf.float32)))
 
 
 class BatchNorms(NamedTuple):

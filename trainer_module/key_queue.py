@@ -70,8 +70,9 @@ class KeyQueue(keras.layers.Layer):
         queue = KeyQueue(64, 3, stats=[(3,), (3,)])    # its mean and its variance
         for step in range(4):
             x = tf.random.normal([8, 4, 4, 3])
-            keys = tf.reduce_mean(norm(x, training=True, bn_stats=queue.draw(step)), [1, 2])
+            keys = tf.reduce_mean(norm(x, bn_stats=queue.draw(step)), [1, 2])
             negatives = queue.keys                     # float32[64, 3], from before this batch
+            norm(x, training=True)                     # observes the statistics of x
             queue.enqueue(tf.math.l2_normalize(keys, axis=1), [norm.moving_mean.value, norm.moving_variance.value])
 
     Args:

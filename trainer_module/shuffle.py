@@ -213,12 +213,16 @@ def ema(m: float) -> KeyEncoding:
 def stored(f_k: KeyEncoder, x_k: tf.Tensor, replica: Replica, seed: tf.Tensor, memory: Memory) -> Keys:
     """f_k normalises with the statistics of an earlier key batch, drawn from the ring, and never with its own.
 
-    The layers must be ShuffledBatchNorm: they normalise with what they are given and hand back what they observed.
-    Until the ring holds a batch, the given statistics are the initial ones.
+    What the ring takes in is observed in a second pass, in which every layer normalises the batch by itself: the layers
+    must be ShuffledBatchNorm, which says why. Until the ring holds a batch, the given statistics are the initial ones.
     """
     step = seed[1]  # one batch is recorded at every step
-    keys = in_order(f_k, x_k, replica, seed, memory._replace(key=draw(memory.ring, step, seed)))
-    return keys._replace(ring=record(memory.ring, step, keys.stats))
+    given = memory._replace(key=draw(memory.ring, step, seed))
+    keys = in_order(functools.partial(f_k, training=False), x_k, replica, seed, given)
+    with tf.name_scope("statistics"):
+        _, observed = f_k(x_k, memory.key)
+        observed = mean(replica, observed)
+    return keys._replace(stats=observed, ring=record(memory.ring, step, observed))
 
 
 def key_encoding(mode: KeyBnMode, *, m: float = 0.999, hosts: int = 1) -> KeyEncoding:

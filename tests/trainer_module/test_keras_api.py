@@ -146,7 +146,8 @@ class Loop(keras.Model):
 
     def train_step(self, data):
         given = self.queue.draw()
-        key = tf.stop_gradient(self(data[1], training=True, bn_stats=given))
+        key = tf.stop_gradient(self(data[1], bn_stats=given))
+        self(data[1], training=True)
         observed = [self.norm.moving_mean.value, self.norm.moving_variance.value]
         with tf.GradientTape() as tape:
             query = self(data[0], training=True, bn_stats=given)

@@ -2,6 +2,7 @@
 
 import itertools
 
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -273,6 +274,33 @@ def test_stored_keys_are_normalised_by_an_earlier_batch_and_their_own_statistics
         np.testing.assert_array_equal(kept[1], seen)
 
 
+def test_statistics_in_the_ring_stay_as_large_as_they_are_however_deep_the_network():
+    """Observed below layers that normalise with another batch's, they would grow from step to step."""
+    image = x = keras.Input((8, 8, 3))
+    for n in range(16):
+        convolution = keras.layers.Conv2D(8, 3, padding="same", kernel_initializer=keras.initializers.HeNormal(seed=n))
+        x = keras.layers.ReLU()(ShuffledBatchNorm()(convolution(x)))
+    model = keras.Model(image, keras.layers.GlobalAveragePooling2D()(x))
+    parameters = [v.value for v in model.trainable_variables]
+    stats = [tf.convert_to_tensor(v) for v in model.non_trainable_variables]
+    rng = np.random.default_rng(3)
+
+    @tf.function(autograph=False)
+    def encode(x_k, ring, seed):
+        def f_k(x, stats, training=True):
+            return model.stateless_call(parameters, stats, x, training=training)
+
+        return shuffle.stored(f_k, x_k, SingleReplica(), seed, Memory(stats, [], ring)).ring
+
+    ring = [tf.repeat(s[tf.newaxis], 4, axis=0) for s in stats]
+    last = []
+    for step in range(24):
+        views = tf.constant(rng.normal(size=(16, 8, 8, 3)) * rng.uniform(0.7, 1.4), tf.float32)
+        ring = encode(views, ring, tf.constant([5, step]))
+        last.append(float(tf.reduce_mean(ring[-1][step % 4])))
+    assert max(last) < 4 * min(last)
+
+
 def test_a_ring_of_statistics_wraps_round(in_lockstep, views):
     (state, _), *_ = step_of(in_lockstep, KeyBnMode.stored, views, steps=5, ring=2)
     (longer, _), *_ = step_of(in_lockstep, KeyBnMode.stored, views, steps=6, ring=2)
@@ -304,8 +332,9 @@ def test_shuffled_layer_normalises_with_what_it_is_given_and_leaves_what_it_saw(
     x = 3 + 2 * tf.random.stateless_normal([64, 4, 4, 3], [1, 2])
     layer = ShuffledBatchNorm()
     given = (tf.constant([1.0, 2.0, 3.0]), tf.constant([4.0, 9.0, 16.0]))
-    y = layer(x, training=True, bn_stats=given)
+    y = layer(x, bn_stats=given)
     np.testing.assert_allclose(y, (x - given[0]) / tf.sqrt(given[1] + 1e-5), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(layer(x, training=True), FusedBatchNormalization()(x, training=True), atol=1e-6)
     np.testing.assert_allclose(layer.moving_mean.numpy(), np.mean(x, axis=(0, 1, 2)), rtol=1e-4)
     np.testing.assert_allclose(layer.moving_variance.numpy(), np.var(x, axis=(0, 1, 2), ddof=1), rtol=1e-4)
     before = layer.moving_mean.numpy()
@@ -317,7 +346,7 @@ def test_shuffled_layer_normalises_with_what_it_is_given_and_leaves_what_it_saw(
 def test_shuffled_layer_keeps_given_statistics_in_float32(policy):
     layer = ShuffledBatchNorm(dtype=policy)
     given = (tf.constant([1.001, 2.0, 3.0]), tf.constant([4.0, 9.0, 16.0]))
-    y = layer(tf.ones([4, 2, 2, 3]), training=True, bn_stats=given)
+    y = layer(tf.ones([4, 2, 2, 3]), bn_stats=given)
     assert y.dtype == layer.compute_dtype
     np.testing.assert_allclose(tf.cast(y, tf.float32)[0, 0, 0, 1:], [-1 / 3, -0.5], rtol=1e-2)
     assert layer.moving_mean.dtype == "float32"

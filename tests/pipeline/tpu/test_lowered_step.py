@@ -225,7 +225,8 @@ class Stored(Reference):
     def encode_keys(self, key, state, x_k, perm):
         del state, perm
         settings = {f.name: getattr(self, f.name) for f in dataclasses.fields(Reference)}
-        k, observed, _ = GivenStatistics(**settings).encode(key, self.drawn, x_k)
+        k, _, _ = GivenStatistics(**settings).encode(key, self.drawn, x_k)
+        _, observed, _ = Reference(**settings | {"stats_momentum": 0.0}).encode(key, self.drawn, x_k)
         return k, observed
 
 
