@@ -155,7 +155,7 @@ def _line_of(images: Path, home: Path) -> str:
 
     from pipeline import local
 
-    # Threads that share one sum round it in another order each time, so two unbroken trainings would differ, too.
+    # Else the Evaluator's metrics part in their last digits; the weights do not.
     tf.config.threading.set_intra_op_parallelism_threads(1)
     try:
         with opened(str(home)):
