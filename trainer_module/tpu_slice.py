@@ -47,14 +47,22 @@ def this_host(environment: Mapping[str, str], hosts: int) -> Host:
         hosts: how many the slice has.
 
     Raises:
-        UserError: they are not named, or they are not so many.
+        UserError: they are not named, or they are not so many, or this is none of them.
     """
-    index, names = _named(environment)
+    try:
+        index, names = _named(environment)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            "TPU_WORKER_ID and TPU_WORKER_HOSTNAMES, or CLUSTER_SPEC, do not name the hosts of the slice "
+            f"({type(error).__name__}: {error})"
+        ) from error
     if len(names) != hosts:
         raise UserError(
             f"the slice has {hosts} hosts and this machine is told of {len(names)} ({','.join(names) or 'none'}); "
             "TPU_WORKER_ID and TPU_WORKER_HOSTNAMES must name them"
         )
+    if not 0 <= index < hosts:
+        raise UserError(f"TPU_WORKER_ID={index}: the slice's {hosts} hosts have the numbers 0 to {hosts - 1}")
     return Host(index, tuple(f"{name}:{PORT}" for name in names))
 
 
@@ -69,8 +77,26 @@ def _named(environment: Mapping[str, str]) -> tuple[int, list[str]]:
     return before + int(task["index"]), names
 
 
+class Server:
+    """The process that lends this host's chips."""
+
+    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+        self._process = process
+
+    def check(self) -> None:
+        """Raises:
+        UserError: it has ended, so that nothing is lent.
+        """
+        code = self._process.poll()
+        if code is not None:
+            raise UserError(
+                f"TensorFlow's server for this host's TPU chips ended with exit code {code}, see its lines above; port "
+                f"{PORT} must be free, and no other process may hold the chips"
+            )
+
+
 @contextlib.contextmanager
-def tpu_lent(host: Host) -> Iterator[None]:
+def tpu_lent(host: Host) -> Iterator[Server]:
     """Runs a TensorFlow server with this host's chips, for the time of the context.
 
     It is a process of its own, since a TensorFlow that coordinates must not hold the chips.
@@ -78,7 +104,7 @@ def tpu_lent(host: Host) -> Iterator[None]:
     environment = {**os.environ, LOAD_LIBRARY: "1"}
     server = subprocess.Popen([sys.executable, "-m", __name__, json.dumps(dataclasses.asdict(host))], env=environment)
     try:
-        yield
+        yield Server(server)
     finally:
         server.kill()
         server.wait()
@@ -91,37 +117,47 @@ def lend(host: Host, poll: float = _POLL_SECONDS) -> None:
     training, for which it needs every host's chips.
 
     Raises:
-        TimeoutError: host 0 never came.
+        UserError: see `wait_for_coordinator`.
     """
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    with tpu_lent(host):
-        wait_for_coordinator(host, poll=poll)
+    former = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        with tpu_lent(host) as server:
+            wait_for_coordinator(host, server, poll=poll)
+    finally:
+        signal.signal(signal.SIGTERM, former)
 
 
-def wait_for_hosts(host: Host, seconds: float = _START_SECONDS) -> None:
+def wait_for_hosts(host: Host, server: Server, seconds: float = _START_SECONDS) -> None:
     """Waits until every host lends its TPU.
 
     Raises:
-        TimeoutError: one does not.
+        UserError: one does not, or this one's server has ended.
     """
     until = time.monotonic() + seconds
     for address in host.addresses:
         while not _answers(address):
+            server.check()
             if time.monotonic() > until:
-                raise TimeoutError(f"{address} of the TPU slice does not answer after {seconds:.0f} s")
+                raise UserError(
+                    f"{address} of the TPU slice does not answer after {seconds:.0f} s; look at the log of that host"
+                )
             time.sleep(_POLL_SECONDS)
+    server.check()  # else another program has answered at its port
 
 
-def wait_for_coordinator(host: Host, seconds: float = _START_SECONDS, poll: float = _POLL_SECONDS) -> None:
+def wait_for_coordinator(
+    host: Host, server: Server, seconds: float = _START_SECONDS, poll: float = _POLL_SECONDS
+) -> None:
     """Waits until host 0 has come, and then until it has gone: the end of the training, or of that machine.
 
     Raises:
-        TimeoutError: it never came.
+        UserError: it never came, or this host's server has ended.
     """
-    wait_for_hosts(Host(host.index, host.addresses[:1]), seconds)
+    wait_for_hosts(Host(host.index, host.addresses[:1]), server, seconds)
     silent = 0
     while silent < _GONE_AFTER:
         time.sleep(poll)
+        server.check()
         silent = 0 if _answers(host.addresses[0]) else silent + 1
 
 

@@ -34,7 +34,7 @@ class Executor(GenericExecutor):
         """Trains on host 0, and lends the TPU until that has ended elsewhere.
 
         Raises:
-            UserError: the service does not say which hosts there are.
+            UserError: the service does not say which hosts there are, or one of them lends nothing.
         """
         # A machine that is taken back is told so half a minute before: the training saves as it does at Ctrl-C.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -46,8 +46,8 @@ class Executor(GenericExecutor):
         if here.index:
             tpu_slice.lend(here)
             return
-        with tpu_slice.tpu_lent(here):
-            tpu_slice.wait_for_hosts(here)
+        with tpu_slice.tpu_lent(here) as server:
+            tpu_slice.wait_for_hosts(here, server)
             told |= _with_tpu(Experiment.from_custom_config(told), here.name).to_custom_config()
             self._train(told, input_dict, output_dict, exec_properties)
 

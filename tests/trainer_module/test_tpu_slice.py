@@ -12,7 +12,7 @@ import pytest
 
 from trainer_module import tpu_slice
 from trainer_module.errors import UserError
-from trainer_module.tpu_slice import Host, this_host
+from trainer_module.tpu_slice import Host, Server, this_host
 
 COORDINATOR = """
 import sys
@@ -50,9 +50,37 @@ def test_hosts_that_the_service_does_not_name_are_refused(environment):
         this_host(environment, 4)
 
 
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"TPU_WORKER_ID": "x", "TPU_WORKER_HOSTNAMES": "a,b"},
+        {"TPU_WORKER_ID": "2", "TPU_WORKER_HOSTNAMES": "a,b"},
+        {"CLUSTER_SPEC": "{"},
+        {"CLUSTER_SPEC": '{"cluster": {"workerpool0": ["a:1", "b:1"]}, "task": {"type": "workerpool0"}}'},
+    ],
+)
+def test_hosts_that_are_named_wrongly_are_refused_in_one_line(environment):
+    with pytest.raises(UserError, match="TPU_WORKER_ID") as refusal:
+        this_host(environment, 2)
+    assert "\n" not in str(refusal.value)
+
+
+def begun(program):
+    return subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE)
+
+
 def test_a_host_that_never_comes_is_waited_for_no_longer_than_said():
-    with pytest.raises(TimeoutError, match="does not answer"):
-        tpu_slice.wait_for_hosts(Host(0, free_ports(1)), seconds=0.0)
+    with begun("import sys; sys.stdin.read()") as living, pytest.raises(UserError, match="does not answer after 0 s"):
+        tpu_slice.wait_for_hosts(Host(0, free_ports(1)), Server(living), seconds=0.0)
+
+
+@pytest.mark.parametrize("wait", [tpu_slice.wait_for_hosts, tpu_slice.wait_for_coordinator])
+def test_a_server_that_has_ended_is_told_even_if_another_program_answers_at_its_port(wait):
+    with begun("raise SystemExit(7)") as ended, socket.create_server(("127.0.0.1", 0)) as other:
+        ended.wait()
+        host = Host(0, (f"127.0.0.1:{other.getsockname()[1]}",))
+        with pytest.raises(UserError, match=r"ended with exit code 7.*port 8470 must be free"):
+            wait(host, Server(ended))
 
 
 @pytest.fixture
@@ -75,8 +103,8 @@ def other_host():
 def test_the_coordinator_drives_every_hosts_server_until_it_ends_even_if_the_others_are_told_to_end(other_host):
     addresses = free_ports(2)
     other = other_host(Host(1, addresses))
-    with tpu_slice.tpu_lent(Host(0, addresses)):
-        tpu_slice.wait_for_hosts(Host(0, addresses))
+    with tpu_slice.tpu_lent(Host(0, addresses)) as lent:
+        tpu_slice.wait_for_hosts(Host(0, addresses), lent)
         os.killpg(other.pid, signal.SIGTERM)  # the host and its server
         (server,) = [p for p in psutil.Process().children() if tpu_slice.__name__ in p.cmdline()]
         server.terminate()
