@@ -165,7 +165,10 @@ class ShuffledBatchNorm(FusedBatchNormalization):
         super().__init__(momentum, epsilon, autocast=False, **kwargs)
 
     def call(self, x: tf.Tensor, training: bool = False, bn_stats: Moments | None = None) -> tf.Tensor:
-        """x: [N, H, W, C], bn_stats: mean and variance, float32[C] each -> [N, H, W, C]."""
+        """x: [N, H, W, C], bn_stats: mean and variance, float32[C] each -> [N, H, W, C].
+
+        Where bn_stats are given, `training` changes nothing: they normalise, and nothing is observed.
+        """
         x = tf.cast(x, self.compute_dtype)
         if training and bn_stats is None:
             y, observed = self.normalize_by_itself(x)

@@ -77,7 +77,7 @@ def read_manifest(directory: str) -> Manifest:
         with tf.io.gfile.GFile(path) as file:
             content = json.load(file)
         manifest = _manifest(content)
-    except (tf.errors.NotFoundError, ValueError, LookupError, TypeError) as error:
+    except (tf.errors.NotFoundError, tf.errors.FailedPreconditionError, ValueError, LookupError, TypeError) as error:
         raise UserError(f"{path} is missing or damaged: {_remake(directory)}") from error
     held = {f"pair {pair}": files for pair, files in enumerate(manifest.views)}
     if manifest.stored or not held:

@@ -122,10 +122,11 @@ def choose_strategy(config: TrainConfig) -> tf.distribute.Strategy:
     else:
         strategy = make_strategy(config.replicas)
     _check_shares(config, strategy.num_replicas_in_sync)
-    if strategy.num_replicas_in_sync == 1 and shuffles_replicas(config.key_bn.mode):
+    if nothing_to_shuffle(config.key_bn.mode, strategy.num_replicas_in_sync, host_count(strategy)):
         progress.note(
-            f"train.key_bn.mode={config.key_bn.mode.name} has nothing to shuffle on one replica, so batch statistics "
-            "may betray the positives; e.g. train.key_bn.mode=split"
+            f"train.key_bn.mode={config.key_bn.mode.name} has nothing to shuffle on one replica"
+            f"{' of each host' if host_count(strategy) > 1 else ''}, so batch statistics may betray the positives; "
+            "e.g. train.key_bn.mode=split"
         )
     share = config.global_batch // strategy.num_replicas_in_sync
     if config.key_bn.mode is KeyBnMode.split and share == config.key_bn.groups:
@@ -134,6 +135,12 @@ def choose_strategy(config: TrainConfig) -> tf.distribute.Strategy:
             "normalisation then normalises by itself; fewer groups or a larger train.global_batch"
         )
     return strategy
+
+
+def nothing_to_shuffle(mode: KeyBnMode, replicas: int, hosts: int) -> bool:
+    """Whether a mode that moves images between replicas has but one of them to move images between."""
+    within = replicas // hosts if mode is KeyBnMode.host else replicas
+    return within == 1 and shuffles_replicas(mode)
 
 
 def steps_per_loop(config: TrainConfig, strategy: tf.distribute.Strategy) -> int:

@@ -19,6 +19,8 @@ _START_SECONDS = 1800.0  # until the last host of a slice has loaded its image
 _POLL_SECONDS = 2.0
 _GONE_AFTER = 5  # looks in a row
 
+Server = subprocess.Popen[bytes]  # the process that lends a host's chips
+
 
 @dataclasses.dataclass(frozen=True)
 class Host:
@@ -53,8 +55,8 @@ def this_host(environment: Mapping[str, str], hosts: int) -> Host:
         index, names = _named(environment)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            "TPU_WORKER_ID and TPU_WORKER_HOSTNAMES, or CLUSTER_SPEC, do not name the hosts of the slice "
-            f"({type(error).__name__}: {error})"
+            "TPU_WORKER_ID must be a number and TPU_WORKER_HOSTNAMES names between commas, or else CLUSTER_SPEC as "
+            f"Vertex AI sets it ({type(error).__name__}: {error})"
         ) from error
     if len(names) != hosts:
         raise UserError(
@@ -77,24 +79,6 @@ def _named(environment: Mapping[str, str]) -> tuple[int, list[str]]:
     return before + int(task["index"]), names
 
 
-class Server:
-    """The process that lends this host's chips."""
-
-    def __init__(self, process: subprocess.Popen[bytes]) -> None:
-        self._process = process
-
-    def check(self) -> None:
-        """Raises:
-        UserError: it has ended, so that nothing is lent.
-        """
-        code = self._process.poll()
-        if code is not None:
-            raise UserError(
-                f"TensorFlow's server for this host's TPU chips ended with exit code {code}, see its lines above; port "
-                f"{PORT} must be free, and no other process may hold the chips"
-            )
-
-
 @contextlib.contextmanager
 def tpu_lent(host: Host) -> Iterator[Server]:
     """Runs a TensorFlow server with this host's chips, for the time of the context.
@@ -104,7 +88,7 @@ def tpu_lent(host: Host) -> Iterator[Server]:
     environment = {**os.environ, LOAD_LIBRARY: "1"}
     server = subprocess.Popen([sys.executable, "-m", __name__, json.dumps(dataclasses.asdict(host))], env=environment)
     try:
-        yield Server(server)
+        yield server
     finally:
         server.kill()
         server.wait()
@@ -136,13 +120,13 @@ def wait_for_hosts(host: Host, server: Server, seconds: float = _START_SECONDS) 
     until = time.monotonic() + seconds
     for address in host.addresses:
         while not _answers(address):
-            server.check()
+            _check_lent(server)
             if time.monotonic() > until:
                 raise UserError(
                     f"{address} of the TPU slice does not answer after {seconds:.0f} s; look at the log of that host"
                 )
             time.sleep(_POLL_SECONDS)
-    server.check()  # else another program has answered at its port
+    _check_lent(server)  # else another program has answered at its port
 
 
 def wait_for_coordinator(
@@ -157,8 +141,17 @@ def wait_for_coordinator(
     silent = 0
     while silent < _GONE_AFTER:
         time.sleep(poll)
-        server.check()
+        _check_lent(server)
         silent = 0 if _answers(host.addresses[0]) else silent + 1
+
+
+def _check_lent(server: Server) -> None:
+    code = server.poll()
+    if code is not None:
+        raise UserError(
+            f"TensorFlow's server for this host's TPU chips ended with exit code {code}, see its lines above; port "
+            f"{PORT} must be free, and no other process may hold the chips"
+        )
 
 
 def _answers(address: str) -> bool:

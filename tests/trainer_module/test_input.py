@@ -280,6 +280,13 @@ def test_a_damaged_manifest_is_refused_in_one_line(copy, damage, words):
     assert words in text
 
 
+def test_a_folder_in_the_manifests_place_is_refused_in_one_line(copy):
+    manifest = copy.parent / "views.json"
+    manifest.unlink()
+    manifest.mkdir()
+    assert refusal(lambda: open_source(str(copy), BOTH)).startswith(f"{manifest} is missing or damaged")
+
+
 def test_damage_that_is_not_in_the_views_keeps_its_traceback(split_dir):
     damage = tf.errors.DataLossError(None, None, "elsewhere")
     with pytest.raises(tf.errors.DataLossError, match="elsewhere"), damage_named(open_source(str(split_dir), BEAM)):

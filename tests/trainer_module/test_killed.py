@@ -85,10 +85,12 @@ def test_sigkill_at_random_moments_changes_no_bit_of_the_final_state(start, unbr
     assert_ends_as(tmp_path, unbroken[where])
 
 
-def test_sigterm_saves_before_it_ends_the_training(start, tmp_path):
+def test_sigterm_saves_before_it_ends_the_training_which_then_goes_on_to_the_same_bits(start, unbroken, tmp_path):
     process, training = start(tmp_path, "beam", NEVER)
     training.wait()
     process.terminate()
     process.join()
     assert process.exitcode == 1  # by the KeyboardInterrupt that the command line says in one line
     assert 0 < newest_step(tmp_path) < EPOCHS * killed_training.STEPS
+    run_to_the_end(*start(tmp_path, "beam", NEVER))
+    assert_ends_as(tmp_path, unbroken["beam"])

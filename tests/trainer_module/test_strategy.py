@@ -92,6 +92,12 @@ def test_a_shuffle_over_one_replica_is_said_to_be_none(caplog, mode, said):
     assert ["has nothing to shuffle on one replica" in r.getMessage() for r in caplog.records] == [True] * said
 
 
+@pytest.mark.parametrize("mode", KeyBnMode)
+def test_hosts_of_one_replica_each_leave_the_host_mode_alone_nothing_to_shuffle(mode):
+    assert strategy.nothing_to_shuffle(mode, replicas=4, hosts=4) == (mode is KeyBnMode.host)
+    assert not strategy.nothing_to_shuffle(mode, replicas=8, hosts=4)
+
+
 def pci_device(folder, vendor, device):
     folder.mkdir(parents=True)
     (folder / "vendor").write_text(f"{vendor}\n")

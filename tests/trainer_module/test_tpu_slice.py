@@ -12,7 +12,7 @@ import pytest
 
 from trainer_module import tpu_slice
 from trainer_module.errors import UserError
-from trainer_module.tpu_slice import Host, Server, this_host
+from trainer_module.tpu_slice import Host, this_host
 
 COORDINATOR = """
 import sys
@@ -71,7 +71,7 @@ def begun(program):
 
 def test_a_host_that_never_comes_is_waited_for_no_longer_than_said():
     with begun("import sys; sys.stdin.read()") as living, pytest.raises(UserError, match="does not answer after 0 s"):
-        tpu_slice.wait_for_hosts(Host(0, free_ports(1)), Server(living), seconds=0.0)
+        tpu_slice.wait_for_hosts(Host(0, free_ports(1)), living, seconds=0.0)
 
 
 @pytest.mark.parametrize("wait", [tpu_slice.wait_for_hosts, tpu_slice.wait_for_coordinator])
@@ -80,7 +80,7 @@ def test_a_server_that_has_ended_is_told_even_if_another_program_answers_at_its_
         ended.wait()
         host = Host(0, (f"127.0.0.1:{other.getsockname()[1]}",))
         with pytest.raises(UserError, match=r"ended with exit code 7.*port 8470 must be free"):
-            wait(host, Server(ended))
+            wait(host, ended)
 
 
 @pytest.fixture
