@@ -242,17 +242,20 @@ def train(run: Run, scale: Scale, data: Data, seeds: Sequence[int] = SEEDS) -> I
 def _batches(data: Data, seed: int, scale: Scale) -> Any:
     import tensorflow as tf
 
-    def each() -> Iterator[tuple[NDArray[np.uint8], NDArray[np.uint8]]]:
-        for epoch in range(scale.epochs):
-            order = np.random.default_rng((seed, epoch)).permutation(data.views.shape[1])
-            for start in range(0, len(order) - scale.batch + 1, scale.batch):
-                pairs = data.views[epoch % scale.pairs, order[start : start + scale.batch]]
-                yield pairs[:, 0], pairs[:, 1]
+    steps = data.views.shape[1] // scale.batch
+    orders = [np.random.default_rng((seed, epoch)).permutation(data.views.shape[1]) for epoch in range(scale.epochs)]
+    rows = np.stack([order[: steps * scale.batch] for order in orders]).reshape(-1, scale.batch)
+    pairs = np.repeat(np.arange(scale.epochs) % scale.pairs, steps)
+    views = tf.constant(data.views)
 
-    spec = tf.TensorSpec([scale.batch, scale.size, scale.size, 3], tf.uint8)
+    def views_of(pair: tf.Tensor, images: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        both = tf.gather(views[pair], images)
+        return both[:, 0], both[:, 1]
+
     options = tf.data.Options()
     options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.OFF
-    return tf.data.Dataset.from_generator(each, output_signature=(spec, spec)).prefetch(4).with_options(options)
+    # No Python in it: TensorFlow may wait for a dataset's Python thread with the interpreter's lock in its hand.
+    return tf.data.Dataset.from_tensor_slices((pairs, rows)).map(views_of).prefetch(4).with_options(options)
 
 
 def _knn(backbone: Any, data: Data, mean: tuple[float, ...], std: tuple[float, ...]) -> float:

@@ -34,6 +34,22 @@ def test_the_knn_tells_two_colours_apart(curves):
     assert min(curve[-1].knn_top1 for curve in curves) > 0.9
 
 
+def test_an_epoch_takes_its_pair_of_every_image_once_in_an_order_of_its_own():
+    scale = leak.Scale(batch=4, epochs=3, pairs=2)
+    views = np.zeros((2, 12, 2, 32, 32, 3), np.uint8)
+    for name in np.ndindex(views.shape[:3]):
+        views[name] = np.ravel_multi_index(name, views.shape[:3])
+    nothing = np.zeros(0, np.int64)
+    batches = leak._batches(leak.Data(views, views, nothing, views, nothing), 7, scale)
+    seen = np.array([[view[:, 0, 0, 0] for view in batch] for batch in batches.as_numpy_iterator()])
+    pairs, images, which = np.unravel_index(seen.transpose(0, 2, 1).reshape(3, 12, 2), views.shape[:3])
+    assert (which == [0, 1]).all()
+    assert (pairs == np.array([0, 1, 0])[:, None, None]).all()
+    assert (images[..., 0] == images[..., 1]).all()
+    assert (np.sort(images[..., 0]) == np.arange(12)).all()
+    assert len({tuple(order) for order in images[..., 0]}) == 3
+
+
 def test_finished_modes_are_gone_on_from_at_the_same_scale_only(curves, tmp_path):
     path = tmp_path / "curves.json"
     assert leak.load(path, SCALE) == {}
@@ -62,10 +78,19 @@ def test_the_curves_beside_the_pictures_of_the_notes_are_whole_so_nothing_is_tra
     assert (tmp_path / "leak.png").exists()
 
 
+def ends_of(experiment):
+    measured = Path(leak.__file__).parent / "measured" / experiment / "curves.json"
+    curves = json.loads(measured.read_text())["curves"]
+    return {mode: [leak.Point(*curve[-1]) for curve in curves[mode]] for mode in curves}
+
+
+def test_every_mode_of_the_notes_was_learning_at_its_end():
+    ends = ends_of("leak")
+    assert set(ends) == set(leak.MODES)
+    chance = np.log(1 + leak.Scale().queue)
+    assert max(end.loss for mode in ends.values() for end in mode) < chance - 0.5
+
+
 def test_of_the_longer_experiment_shuffling_has_the_better_knn_too():
-    measured = Path(leak.__file__).parent / "measured" / "leak_longer" / "curves.json"
-    ends = {
-        mode: [leak.Point(*curve[-1]).knn_top1 for curve in curves]
-        for mode, curves in json.loads(measured.read_text())["curves"].items()
-    }
-    assert np.mean(ends["cross_replica_sum"]) > np.mean(ends["none"])
+    knn = {mode: np.mean([end.knn_top1 for end in ends]) for mode, ends in ends_of("leak_longer").items()}
+    assert knn["cross_replica_sum"] > knn["none"]
