@@ -7,12 +7,18 @@ which are some ten times as fast, with their rounding allowed for. What comes ou
 and the queries are cut into pieces nor on the processor.
 """
 
+import concurrent.futures
+import math
+import os
+
 import numpy as np
 from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
 
 _CHUNK_BYTES = 64 * 1024 * 1024
 _COLUMNS = 4096  # rows of the bank that are held as float64 at once
 _GROUPS = 1024
+_SMALL = 1 << 30  # multiplications; below that, threads would cost more than they save
 _DENSE = 1 / 16  # share of the rows from which on a product of whole matrices is faster than one of selected rows
 _SIGN = np.uint32(1 << 31)
 _LAST = np.uint64(2**32 - 1)
@@ -81,11 +87,36 @@ def nearest(
     wide = bank.astype(np.float32, copy=False)
     codes = np.zeros((len(queries), min(k, len(bank))), np.uint64)
     floor = np.full(len(queries), np.nan, np.float32) if floor is None else floor
-    step = max(1, chunk_bytes // (4 * max(1, len(bank))))
-    for start in range(0, len(queries) if len(bank) else 0, step):
-        chunk = slice(start, start + step)
+    chunks = _chunks(len(queries), wide.shape, chunk_bytes)
+
+    def search(chunk: slice) -> None:
         codes[chunk] = _nearest_of_chunk(wide, queries[chunk].astype(np.float32), codes.shape[1], floor[chunk])
+
+    if len(chunks) < 2:
+        for chunk in chunks:
+            search(chunk)
+        return codes
+    # A thread for each chunk, and none of BLAS's own: those spin after a product and hold up what comes next.
+    with threadpool_limits(1, user_api="blas"), concurrent.futures.ThreadPoolExecutor(_cores()) as pool:
+        for _ in pool.map(search, chunks):
+            pass
     return codes
+
+
+def _chunks(queries: int, bank: tuple[int, ...], chunk_bytes: int) -> list[slice]:
+    """Equal shares of the queries, as many for each core, whose similarities fit; one where the work is small."""
+    if not queries or not bank[0]:
+        return []
+    cores = _cores()
+    count = math.ceil(4 * queries * bank[0] / chunk_bytes)
+    if count > 1 or queries * math.prod(bank) > _SMALL:
+        count = math.ceil(count / cores) * cores
+    step = math.ceil(queries / count)
+    return [slice(start, start + step) for start in range(0, queries, step)]
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _nearest_of_chunk(

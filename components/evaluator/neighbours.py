@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from trainer_module.knn import decode, largest, nearest, unit
 
 _BLOCKS = 16  # of the queries: how many workers can merge at once
-_PART_BYTES = 128 << 20  # of the part of the bank that is searched at once, as float32
+_PART_BYTES = 256 << 20  # of the part of the bank that is searched at once, as float32
 _PART_ROWS = 65_536
 _MERGED_AT_ONCE = 8
 _QUERIES_AT_ONCE = 4096
