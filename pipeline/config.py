@@ -26,7 +26,7 @@ from omegaconf._yaml import get_yaml_loader
 from omegaconf.errors import OmegaConfBaseException
 
 from components.evaluator.config import EvaluateConfig
-from components.image_example_gen.config import COLUMNS, PILLOW_MAX_PIXELS, IngestConfig
+from components.image_example_gen.config import COLUMNS, LIMITS, IngestConfig
 from components.model_card.config import CardConfig
 from components.pusher.config import PublishConfig
 from components.serving_check.config import ServingCheckConfig
@@ -119,12 +119,7 @@ _MOMENTUM = Range(0, 1, high_open=True)
 # Each numeric key has a row; a test says so. The upper ends only refuse what must be a slip of the hand.
 RANGES: Mapping[str, Range] = {
     "seed": Range(0, 2**31 - 1),
-    "ingest.max_pixels": Range(1, PILLOW_MAX_PIXELS),
-    "ingest.min_side": Range(1, 65_535),
-    "ingest.max_bad_fraction": _PROBABILITY,
-    "ingest.eval_fraction": Range(0.0001, 0.9999),
-    "ingest.shard_mb": Range(0.001, 2**20),
-    "ingest.near_duplicate_bits": Range(0, 10),
+    **{f"ingest.{name}": Range(low, high) for name, (low, high) in LIMITS.items()},
     "image.storage_size": _PIXELS,
     "image.max_aspect": Range(1, 1000),
     "image.eval_resize": Range(0, 8192),
