@@ -7,6 +7,8 @@ from collections.abc import Iterator
 
 from trainer_module.errors import UserError
 
+_UNITS = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
+
 
 def check_space(path: str, need: float, what: str, mend: str) -> None:
     """Refuses to start where the disk cannot hold what will be written. Buckets have no end.
@@ -27,7 +29,14 @@ def check_space(path: str, need: float, what: str, mend: str) -> None:
         folder = os.path.dirname(folder) or "."
     free = shutil.disk_usage(folder).free
     if free < need:
-        raise UserError(f"{free / 1e9:.3f} GB are free in {folder} and {what} need {need / 1e9:.3f} GB: {mend}")
+        raise UserError(f"{_size(free)} are free in {folder} and {what} need {_size(need)}: {mend}")
+
+
+def _size(count: float) -> str:
+    """Bytes in the largest unit of which there is one at least."""
+    unit, name = next(((unit, name) for unit, name in _UNITS if count >= unit), (1.0, "bytes"))
+    figure = count / unit
+    return f"{figure:,.0f} {name}" if figure >= 100 else f"{figure:.3g} {name}"
 
 
 def is_full(error: BaseException) -> bool:

@@ -165,9 +165,15 @@ augmented views, trains a small encoder, evaluates it, and publishes it if it is
 two cores. Typed again, it reuses what is done already."""
     parser.epilog = "example:\n  ./moco demo --workdir /tmp/moco-demo"
     parser.add_argument(
-        "--workdir", default="moco-demo", metavar="DIR", help="folder for everything made (default: ./moco-demo)"
+        "--workdir",
+        default="moco-demo",
+        action=_Once,
+        metavar="DIR",
+        help="folder for everything made (default: ./moco-demo)",
     )
-    parser.add_argument("--seed", metavar="N", help="another seed gives other views, other weights and another order")
+    parser.add_argument(
+        "--seed", action=_Once, metavar="N", help="another seed gives other views, other weights and another order"
+    )
     _add_talk(parser)
 
 
@@ -248,7 +254,13 @@ IMAGE must hold this project and its requirements. DIR/_index.json, written last
         metavar="DIR",
         help="a SavedModel, or a folder of published versions, of which the one in service is taken; may be gs://",
     )
-    parser.add_argument("--images", required=True, action=_Once, metavar="SRC", help="as for './moco run'")
+    parser.add_argument(
+        "--images",
+        required=True,
+        action=_Once,
+        metavar="SRC",
+        help="as for './moco run', but without {SPAN} and its like: name one span's folder or files",
+    )
     parser.add_argument(
         "--out",
         required=True,
@@ -257,7 +269,12 @@ IMAGE must hold this project and its requirements. DIR/_index.json, written last
         help="FILE.parquet, FILE.npz, or with a slash at its end a folder of Parquet files, which may be on gs://",
     )
     parser.add_argument(
-        "--batch", type=int, default=64, metavar="N", help="images in one call of the model (default: 64)"
+        "--batch",
+        type=int,
+        default=64,
+        action=_Once,
+        metavar="N",
+        help="images in one call of the model (default: 64)",
     )
     parser.add_argument(
         "--beam-arg",
@@ -286,9 +303,16 @@ examples:
         help="what './moco embed' wrote; the images need not be there, except for --html",
     )
     parser.add_argument(
-        "--query", required=True, nargs="+", metavar="IMAGE", help="images, or paths of images in the index"
+        "--query",
+        required=True,
+        nargs="+",
+        action=_Once,
+        metavar="IMAGE",
+        help="images, or paths of images in the index",
     )
-    parser.add_argument("-k", type=int, default=10, metavar="N", help="images to find for each (default: 10)")
+    parser.add_argument(
+        "-k", type=int, default=10, action=_Once, metavar="N", help="images to find for each (default: 10)"
+    )
     parser.add_argument(
         "--model", action=_Once, metavar="DIR", help="the encoder that made the index, if it is elsewhere now"
     )
@@ -306,7 +330,7 @@ example:
   ./moco weights --model moco-demo/serving/encoder --out encoder.safetensors
 then, in Python:
   model.load_state_dict(safetensors.torch.load_file("encoder.safetensors"), strict=False)  # all but fc"""
-    parser.add_argument("--model", required=True, metavar="DIR", help="as for './moco embed'")
+    parser.add_argument("--model", required=True, action=_Once, metavar="DIR", help="as for './moco embed'")
     parser.add_argument("--out", required=True, action=_Once, metavar="FILE", help="FILE.safetensors or FILE.npz")
     _add_talk(parser)
 
@@ -331,6 +355,7 @@ TensorFlow Serving takes the highest version, whatever latest.json says; after a
     deeds = parser.add_mutually_exclusive_group(required=True)
     deeds.add_argument(
         "--model",
+        action=_Once,
         metavar="DIR",
         help="publish this blessed SavedModel, or the one in service below this folder, unless it is there already",
     )
@@ -338,9 +363,10 @@ TensorFlow Serving takes the highest version, whatever latest.json says; after a
         "--force", action="store_true", help="with --model: publish it even if its card does not say that it is blessed"
     )
     deeds.add_argument("--list", action="store_true", help="list the versions with their states")
-    deeds.add_argument("--rollback", metavar="VERSION", help="put a version that is there in service")
+    deeds.add_argument("--rollback", action=_Once, metavar="VERSION", help="put a version that is there in service")
     deeds.add_argument(
         "--keep",
+        action=_Once,
         metavar="N",
         help="remove all but the N newest versions and the one in service; and what was left half",
     )
@@ -589,8 +615,10 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     )
     parser.epilog = f"example:\n  ./moco bench {next(iter(names), 'NAME')} --json figures.json"
     parser.add_argument("name", metavar="NAME", help=", ".join(names))
-    parser.add_argument("--json", metavar="FILE", help="also write the figures there")
-    parser.add_argument("--out", metavar="DIR", help="folder for pictures, and to go on from if interrupted (leak)")
+    parser.add_argument("--json", action=_Once, metavar="FILE", help="also write the figures there")
+    parser.add_argument(
+        "--out", action=_Once, metavar="DIR", help="folder for pictures, and to go on from if interrupted (leak)"
+    )
     parser.add_argument(
         "--count", type=int, action=_Once, metavar="N", help="kills (kills), or requests (serve, tiny_requests)"
     )
@@ -686,25 +714,22 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _pipeline(
-    images: str, workdir: str, preset_or_file: str, overrides: Sequence[str], *, require_blessing: bool, verbose: bool
+    images: str, folder: str, preset_or_file: str, overrides: Sequence[str], *, require_blessing: bool, verbose: bool
 ) -> int:
-    from pipeline import config, console
-    from pipeline.workdir import opened
+    from pipeline import config, console, source, workdir
 
     _end_politely()
     settings = config.resolved(config.load(preset_or_file, overrides))
-    workdir = os.path.expanduser(workdir)
-    check_workdir(workdir, images)
+    workdir.check(folder)
     console.quiet(verbose)
     console.prefer_onednn()
-    from components.image_example_gen import sources
-
-    sources.check(images)
+    source.check(images)
+    workdir.check_apart(folder, images)
     if settings.publish.to:
         from components.pusher import publish
 
         publish.check(settings.publish.to, f"publish.to={settings.publish.to}")
-    with opened(workdir) as home:
+    with workdir.opened(folder) as home:
         from pipeline import local
 
         with console.progress_shown():
@@ -807,12 +832,15 @@ def _lineage(options: argparse.Namespace) -> int:
 
 
 def _serve(options: argparse.Namespace) -> int:
+    from components.pusher import publish
     from pipeline import console
     from pipeline.serving.config import ServeConfig, validate
 
     given = {field.name: getattr(options, field.name) for field in dataclasses.fields(ServeConfig)}
     config = ServeConfig(**{**given, "model": os.path.expanduser(options.model)})
     validate(config)
+    if "://" not in config.model:
+        publish.model_at(config.model)  # what is not there is told before TensorFlow is imported
     console.quiet(options.verbose)  # and not prefer_onednn(), which makes single images slow, see BUILD_NOTES.md
     from pipeline.serving import server
 
@@ -957,55 +985,6 @@ def test_groups(tests: Path) -> list[str]:
 
 
 # What is wrong, in one line.
-
-
-def check_workdir(workdir: str, images: str) -> None:
-    """Refuses a working folder that cannot be written or that a run would take for images.
-
-    Raises:
-        UserError: it is remote, a file, not writable, or inside the folder of images.
-    """
-    if not workdir.strip():
-        raise UserError("--workdir is empty; name a folder, e.g. --workdir ./run")
-    if not images.strip():
-        raise UserError("--images is empty; name a folder, a glob in quotes, tar files or TFRecords")
-    if "://" in workdir:
-        raise UserError(f"--workdir {workdir}: must be a folder on this machine, e.g. --workdir ./run")
-    try:
-        path = Path(workdir).expanduser().absolute()
-        path.resolve()
-    except RuntimeError as error:  # no such user, or links that go round in a circle
-        raise UserError(f"--workdir {workdir}: {error}; name another folder") from error
-    if path.is_symlink() and not path.exists():
-        raise UserError(f"--workdir {workdir}: is a link to a folder that is missing; make it, or name another")
-    if path.exists() and not path.is_dir():
-        raise UserError(f"--workdir {workdir}: is a file; name a folder")
-    existing = next(parent for parent in (path, *path.parents) if parent.exists())
-    if not existing.is_dir():
-        raise UserError(f"--workdir {workdir}: {existing} is a file; name a folder")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise UserError(f"--workdir {workdir}: {existing} is not writable; choose another folder or change its rights")
-    if _is_read(path.resolve(), images):
-        raise UserError(
-            f"--workdir {workdir}: lies inside --images {images}, so a run would read its own files as images; "
-            "choose a folder outside"
-        )
-
-
-def _is_read(folder: Path, images: str) -> bool:
-    """Whether a source reads the files below a folder, which need not exist yet."""
-    if "://" in images:
-        return False
-    source = Path(os.path.expanduser(images)).absolute()
-    if source.exists():
-        return folder.is_relative_to(source.resolve())
-    depth = next((at for at, part in enumerate(source.parts) if re.search(r"[*?\[{]", part)), len(source.parts))
-    base = Path(*source.parts[:depth]).resolve()
-    if not folder.is_relative_to(base):
-        return False
-    # A glob's matches that are folders are read whole, so a match above the folder counts.
-    pattern = re.sub(r"\{.*?\}", "*", str(base.joinpath(*source.parts[depth:])))
-    return "**" in pattern or any(above.match(pattern) for above in (folder, *folder.parents))
 
 
 def _explain(error: Exception, debug: bool) -> int:

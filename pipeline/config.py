@@ -22,10 +22,11 @@ from typing import Any
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
+from omegaconf._yaml import get_yaml_loader
 from omegaconf.errors import OmegaConfBaseException
 
 from components.evaluator.config import EvaluateConfig
-from components.image_example_gen.config import COLUMNS, PILLOW_MAX_PIXELS, IngestConfig
+from components.image_example_gen.config import COLUMNS, LIMITS, IngestConfig
 from components.model_card.config import CardConfig
 from components.pusher.config import PublishConfig
 from components.serving_check.config import ServingCheckConfig
@@ -118,12 +119,7 @@ _MOMENTUM = Range(0, 1, high_open=True)
 # Each numeric key has a row; a test says so. The upper ends only refuse what must be a slip of the hand.
 RANGES: Mapping[str, Range] = {
     "seed": Range(0, 2**31 - 1),
-    "ingest.max_pixels": Range(1, PILLOW_MAX_PIXELS),
-    "ingest.min_side": Range(1, 65_535),
-    "ingest.max_bad_fraction": _PROBABILITY,
-    "ingest.eval_fraction": Range(0.0001, 0.9999),
-    "ingest.shard_mb": Range(0.001, 2**20),
-    "ingest.near_duplicate_bits": Range(0, 10),
+    **{f"ingest.{name}": Range(low, high) for name, (low, high) in LIMITS.items()},
     "image.storage_size": _PIXELS,
     "image.max_aspect": Range(1, 1000),
     "image.eval_resize": Range(0, 8192),
@@ -242,7 +238,10 @@ def load(preset_or_file: str, overrides: Sequence[str] = ()) -> Config:
     Raises:
         UserError: whatever is wrong, in one line.
     """
-    settings = [*_from_file_or_preset(preset_or_file), *_from_overrides(overrides)]
+    try:
+        settings = [*_from_file_or_preset(preset_or_file), *_from_overrides(overrides)]
+    except RecursionError as error:
+        raise UserError("the configuration is nested too deep; settings lie at most three sections deep") from error
     config = _build(_without_former_resnet(settings))
     validate(config)
     return config
@@ -292,6 +291,41 @@ class _Setting:
     key: str
     value: Any
     place: str  # prefix of messages: "mine.yaml: ", or nothing for --set
+    typed: str = "null"  # in place of a value that is none
+
+    def show(self) -> str:
+        """The value as it was typed."""
+        return self.typed if self.value is None else _show(self.value)
+
+
+class _Loader(get_yaml_loader()):  # type: ignore[misc]
+    """OmegaConf's, but a number is a plain decimal one, and what else YAML 1.1 takes for one stays as it was typed.
+
+    It would read 1:30 as 90, 010 as 8, and 1e309 as an infinity.
+    """
+
+
+_INTEGER = re.compile(r"[-+]?(0|[1-9][0-9]*)")
+_FLOAT = re.compile(r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?")
+_MOST_DIGITS = 300  # Python refuses to convert thousands
+
+
+def _construct_number(_: _Loader, node: yaml.ScalarNode) -> int | float | str:
+    text = node.value
+    if not _is_plain(text):
+        return text
+    return int(text) if _INTEGER.fullmatch(text) else float(text)
+
+
+def _is_plain(text: str) -> bool:
+    """Whether a text is a decimal number as everybody writes them."""
+    if len(text) > _MOST_DIGITS or not (_INTEGER.fullmatch(text) or _FLOAT.fullmatch(text)):
+        return False
+    return math.isfinite(float(text))
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _construct_number)
+_Loader.add_constructor("tag:yaml.org,2002:float", _construct_number)
 
 
 def _from_file_or_preset(name: str) -> list[_Setting]:
@@ -321,6 +355,8 @@ def _from_yaml(path: Path, name: str) -> list[_Setting]:
 
 def _no_such_config(name: str) -> str:
     path = Path(name)
+    if path.exists() and not path.is_dir():
+        return f"--config {name} is neither a file that lies on a disk nor a preset; write it to one"
     if name and path.is_dir():
         return f"--config {name} is a folder; name a YAML file in it, or a preset ({', '.join(preset_names())})"
     files = [str(path.parent / file.name) for file in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
@@ -332,15 +368,17 @@ def _no_such_config(name: str) -> str:
 
 def _read(path: Path) -> dict[Any, Any]:
     try:
-        loaded = OmegaConf.load(path)
+        with path.open(encoding="utf-8") as file:
+            content = yaml.load(file, _Loader)
+        if not isinstance(content, dict | list | str | types.NoneType):
+            raise UserError(f"{path}: holds no keys; expected lines such as 'train:' and '  epochs: 100'")
+        loaded = OmegaConf.create({} if content is None else content)
     except yaml.YAMLError as error:
         raise UserError(_yaml_fault(str(path), error)) from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not a text file in UTF-8; --config wants YAML") from error
     except OSError as error:
-        # OmegaConf raises a bare OSError for a file that holds one scalar.
-        reason = error.strerror or "holds no keys; expected lines such as 'train:' and '  epochs: 100'"
-        raise UserError(f"{path}: {reason}") from error
+        raise UserError(f"{path}: {error.strerror}") from error
     except OmegaConfBaseException as error:
         # OmegaConf says so of keys such as null, which no section can have.
         raise UserError(f"{path}: {_first_line(error)}; a key must be the name of a setting") from error
@@ -376,19 +414,22 @@ def _from_overrides(overrides: Sequence[str]) -> list[_Setting]:
             near = _by_nearness(text, preset_names())[0]
             raise UserError(f"{_set(override)}: a preset is chosen with --config; e.g. --config {near}")
         try:
-            content = OmegaConf.to_container(OmegaConf.from_dotlist([f"{key}={text}"]), resolve=False)
+            tree = OmegaConf.create()
+            OmegaConf.update(tree, key, yaml.load(text, _Loader))
+            content = OmegaConf.to_container(tree, resolve=False)
         except yaml.YAMLError as error:
             raise UserError(f"{_set(override)}: not YAML: {_problem(error)}") from error
         except OmegaConfBaseException as error:
             raise UserError(f"{_set(override)}: {_first_line(error)}") from error
-        settings += _settings(typing.cast(dict[Any, Any], content), "")
-    seen: dict[str, Any] = {}
+        made = _settings(typing.cast(dict[Any, Any], content), "")
+        settings += [dataclasses.replace(one, typed=text.strip()) for one in made] if len(made) == 1 else made
+    seen: dict[str, _Setting] = {}
     for setting in settings:
         if setting.key in seen:
             raise UserError(
-                f"--set {setting.key} is given twice ({_show(seen[setting.key])} and {_show(setting.value)}); keep one"
+                f"--set {setting.key} is given twice ({seen[setting.key].show()} and {setting.show()}); keep one"
             )
-        seen[setting.key] = setting.value
+        seen[setting.key] = setting
     return settings
 
 
@@ -488,13 +529,13 @@ def _put(tree: Any, setting: _Setting) -> None:
     if leaf is None:
         example = next(key for key in _schema() if key.startswith(f"{setting.key}."))
         raise UserError(
-            f"{setting.place}{setting.key}={_show(setting.value)}: {setting.key} is a section; "
+            f"{setting.place}{setting.key}={setting.show()}: {setting.key} is a section; "
             f"set one of its keys, e.g. {example}={_show(_schema()[example].default)}"
         )
     value = setting.value
     if leaf.hint is int and isinstance(value, float) and value.is_integer():
         value = int(value)  # 1e3 is a number of epochs, too
-    if isinstance(value, dict):
+    if isinstance(value, dict) and value:
         below = ", ".join(f"{setting.key}.{name}" for name in value)
         raise UserError(
             f"{setting.place}{below}: {setting.key} is no section but one value; "
@@ -506,20 +547,33 @@ def _put(tree: Any, setting: _Setting) -> None:
             f"{setting.place}{setting.key}={_show(value)}: only ${{other.key}} is followed; write the value"
         )
     # OmegaConf takes "???" for a value to come, and keeps the old one without a word.
-    if value == "???":
-        raise UserError(setting.place + _wrong_type(setting.key, value, leaf))
+    if value == "???" or value == {} or _is_no_number(value, leaf.hint):
+        raise UserError(_wrong_type(setting, leaf))
     try:
         OmegaConf.update(tree, setting.key, value, merge=False)
     except OmegaConfBaseException as error:
-        raise UserError(setting.place + _wrong_type(setting.key, setting.value, leaf)) from error
+        raise UserError(_wrong_type(setting, leaf)) from error
 
 
-def _wrong_type(key: str, value: Any, leaf: _Leaf) -> str:
+def _is_no_number(value: Any, hint: Any) -> bool:
+    """Whether a text, or one in a list, stands where a number is wanted and is none that everybody reads alike."""
+    kind, _ = _unwrap(hint)
+    if isinstance(value, list):
+        return any(_is_no_number(item, kind) for kind in typing.get_args(kind)[:1] for item in value)
+    return kind in (int, float) and isinstance(value, str) and "${" not in value and not _is_plain(value)
+
+
+def _wrong_type(setting: _Setting, leaf: _Leaf) -> str:
+    key, value = setting.key, setting.value
     kind, _ = _unwrap(leaf.hint)
+    said = f"{setting.place}{key}={setting.show()}"
     if isinstance(kind, type) and issubclass(kind, enum.Enum):
         names = _by_nearness(str(value), [member.name for member in kind])
-        return f"{key}={_show(value)} is not one of {', '.join(names)}; e.g. {key}={names[0]}"
-    return f"{key}={_show(value)} is not {_describe(leaf.hint)}; e.g. {key}={_show(_convertible(value, leaf))}"
+        return f"{said} is not one of {', '.join(names)}; e.g. {key}={names[0]}"
+    mend = f"e.g. {key}={_show(_convertible(value, leaf))}"
+    if kind in (int, float) and isinstance(value, str) and (_INTEGER.fullmatch(value) or _FLOAT.fullmatch(value)):
+        return f"{said} is too large a number; {mend}"
+    return f"{said} is not {_describe(leaf.hint)}; {mend}"
 
 
 def _unwrap(hint: Any) -> tuple[Any, bool]:

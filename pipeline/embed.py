@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from components import disk
 from components.image_example_gen import sources
 from components.image_example_gen.config import IngestConfig
-from pipeline import beam
+from pipeline import beam, source
 from pipeline.embedding.encoder import Encoder, load_encoder, version_of
 from pipeline.workdir import opened
 from trainer_module import progress
@@ -72,7 +72,7 @@ def embed(
 
     Args:
         model: a SavedModel, or a folder of published versions, of which the one in service is taken; may be gs://.
-        images: a source as `components.image_example_gen.sources` reads it.
+        images: a source as `components.image_example_gen.sources` reads it, without {SPAN} and its like.
         out: path ending in .npz or .parquet, see `pipeline.embedding.table.write_file`; or, ending in /, a folder of
             Parquet files, whose rows are in the order of the files' names; may be gs://. A file appears when it is
             whole, and not before; a folder is whole once it has
@@ -87,7 +87,8 @@ def embed(
     if batch < 1:
         raise UserError(f"--batch {batch} must be at least 1; e.g. --batch 64")
     _check_out(out)
-    sources.check(images)
+    source.without_span(images)
+    source.check(images)
     images = sources.join_pattern(*sources.split_pattern(images))
     model = version_of(model)
     options = beam.options(beam_arguments)

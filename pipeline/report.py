@@ -11,6 +11,7 @@ from typing import Any
 import tensorflow_data_validation as tfdv
 import tensorflow_transform as tft
 from tfx.components.evaluator.constants import ARTIFACT_PROPERTY_BLESSED_KEY
+from tfx.proto import example_gen_pb2
 from tfx.types import Artifact
 from tfx.utils import io_utils
 
@@ -24,6 +25,8 @@ from components.evaluator.eval_config import (
     read_validation,
 )
 from components.evaluator.outcomes import HITS, PREFIXES
+from components.image_example_gen import sources
+from components.image_example_gen.driver import ImageInputProcessor
 from components.model_card.card import JSON_FILE, PAGE_FILE
 from components.serving_check.executor import read_report
 from components.serving_check.requests import BATCHES
@@ -156,12 +159,22 @@ def summary(result: Mapping[str, Any], nodes: Sequence[Node], config: Config, im
             "--model",
             _shown(result["pushed_model"]),
             "--images",
-            _shown(images),
+            _shown(_as_read(images, by_id["ImageExampleGen"])),
             "--out",
             "embeddings.npz",
         ]
         lines += ["", "Embed images with it:", "  " + shlex.join(command)]
     return lines
+
+
+def _as_read(images: str, node: Node) -> str:
+    """A source with the span and version that were read in place of {SPAN} and its like."""
+    base, pattern = sources.split_pattern(images)
+    (examples,) = node.outputs["examples"]
+    span, version = (examples.get_int_custom_property(name) for name in ("span", "version"))
+    processor = ImageInputProcessor(base, [example_gen_pb2.Input.Split(name="images", pattern=pattern)])
+    read = processor.get_pattern_for_span_version(pattern, span, version)
+    return images if read == pattern else sources.join_pattern(base, read)
 
 
 def _shown(path: str | Path) -> str:

@@ -171,7 +171,7 @@ def _gain(found: Findings, config: EvaluateConfig) -> Rule:
         return Rule("gain_passed", holds, f"{name} cannot be compared with the untrained encoder's: the {what}")
     figures = (
         f"gain {found.gain.value:+.3f}, interval {found.gain.low:+.3f} to {found.gain.high:+.3f}, "
-        f"paired p = {_p(found.gain_p)}"
+        f"paired p = {_p(found.gain_p, config.gain_significance)}"
     )
     more = f" by more than {config.min_gain:g}" if config.min_gain else ""
     proven = config.min_gain < 0 or found.gain_p < config.gain_significance
@@ -194,7 +194,7 @@ def _not_worse(found: Findings, config: EvaluateConfig) -> Rule:
         return Rule("not_worse_passed", None if config.tolerance >= 1 else False, text)
     pair = f"the blessed model's {found.baseline:.3f}"
     limit = -config.tolerance - _ROUNDING
-    change, p = found.change, f"paired p = {_p(found.change_p)}"
+    change, p = found.change, f"paired p = {_p(found.change_p, config.significance)}"
     if change.value >= 0:
         text = f"{name} {found.score:.3f} is not below {pair}, {p}; {_power(found, config)}"
         return Rule("not_worse_passed", True, text)
@@ -225,5 +225,8 @@ def _leak(found: Findings) -> Rule:
     return Rule("leak_passed", True, "no alarm of a leak through batch normalisation")
 
 
-def _p(value: float) -> str:
-    return f"{value:.3f}" if value >= 0.0005 else f"{value:.0e}"
+def _p(value: float, bound: float) -> str:
+    """In few digits, but as many as show on which side of a bound it lies."""
+    usual = f"{value:.3f}" if value >= 0.0005 else f"{value:.0e}"
+    texts = (usual, *(f"{value:.{digits}g}" for digits in range(2, 18)))
+    return next(text for text in texts if (float(text) < bound) == (value < bound))

@@ -6,6 +6,7 @@ Imports neither TFX nor Beam, for the command line needs it.
 import dataclasses
 import enum
 import json
+from collections.abc import Mapping
 
 from trainer_module.errors import UserError
 
@@ -63,21 +64,24 @@ class IngestConfig:
     near_duplicate_bits: int = 4
 
 
+# The numbers that each key admits, both ends included.
+LIMITS: Mapping[str, tuple[float, float]] = {
+    "max_pixels": (1, PILLOW_MAX_PIXELS),
+    "min_side": (1, 65_535),
+    "max_bad_fraction": (0, 1),
+    "eval_fraction": (0.0001, 0.9999),
+    "shard_mb": (0.001, 2**20),
+    "near_duplicate_bits": (0, 10),
+}
+
+
 def validate(config: IngestConfig) -> None:
     """Refuses values that cannot work.
 
     Raises:
         UserError: names the key, its value and the nearest valid one.
     """
-    ranges = {
-        "max_pixels": (1, PILLOW_MAX_PIXELS),
-        "min_side": (1, 65_535),
-        "max_bad_fraction": (0.0, 1.0),
-        "eval_fraction": (0.0001, 0.9999),
-        "shard_mb": (0.001, 1024.0 * 1024.0),
-        "near_duplicate_bits": (0, 10),
-    }
-    for name, (lowest, highest) in ranges.items():
+    for name, (lowest, highest) in LIMITS.items():
         value = getattr(config, name)
         if not lowest <= value <= highest:
             nearest = lowest if value < lowest else highest

@@ -199,6 +199,18 @@ def test_a_changed_list_is_installed(checkout: Checkout) -> None:
     assert result(checkout.start())["tiny"] == "2.0"
 
 
+def test_the_former_environment_is_removed_only_when_the_new_one_is_in_its_place(checkout: Checkout) -> None:
+    result(checkout.start())
+    checkout.require("2.0")
+    (checkout.bin / "rm").unlink()
+    seen = checkout.home / "in place"
+    look = f'if [ -f "$folder/requirements.txt" ]; then cp "{checkout.root}/.venv/requirements.txt" "{seen}"; fi'
+    write_script(checkout.bin / "rm", f'for folder; do {look}; done\nexec {shutil.which("rm")} "$@"')
+    assert result(checkout.start())["tiny"] == "2.0"
+    assert seen.read_text() == (checkout.root / "requirements.txt").read_text()
+    assert sorted(path.name for path in (checkout.root / ".venv-setup").iterdir()) == ["lock", "log"]
+
+
 def test_an_environment_whose_python_has_gone_is_made_again(checkout: Checkout) -> None:
     result(checkout.start())
     python = checkout.root / ".venv/bin/python"

@@ -4,6 +4,7 @@ import dataclasses
 import enum
 import json
 import math
+import os
 import typing
 from pathlib import Path
 
@@ -193,6 +194,22 @@ def test_set_takes_numbers_enums_lists_booleans_sections_and_references():
         ("train.epochs=${", ["train.epochs=${"]),
         ("train.epochs=${nope}", ["train.epochs", "nope", "or write the value"]),
         ("name=${oc.env:HOME}", ["name='${oc.env:HOME}'", "only ${other.key} is followed"]),
+        ("train.epochs={}", ["train.epochs={} is not an integer", "e.g. train.epochs=200"]),
+        ("train.epochs=1:30", ["train.epochs=1:30 is not an integer", "e.g. train.epochs=200"]),
+        ("train.epochs=010", ["train.epochs=010 is not an integer", "e.g. train.epochs=10"]),
+        ("train.epochs='010'", ["train.epochs=010 is not an integer"]),
+        ("train.epochs=0x10", ["train.epochs=0x10 is not an integer"]),
+        ("train.epochs=1_000", ["train.epochs=1_000 is not an integer", "e.g. train.epochs=1000"]),
+        ("train.milestones=[1:30]", ["train.milestones=[1:30] is not a list of integers"]),
+        ("train.milestones=[10,020]", ["train.milestones=[10,020] is not a list of integers", "[10,20]"]),
+        ("train.temperature=1e309", ["train.temperature=1e309 is too large a number", "e.g. train.temperature=0.2"]),
+        ("train.temperature=.inf", ["train.temperature=.inf is not a number"]),
+        ("train.temperature=1:30.5", ["train.temperature=1:30.5 is not a number"]),
+        ("train.epochs=" + "9" * 5000, ["train.epochs=99", "is too large a number"]),
+        ("train.epochs=", ["train.epochs= is not an integer", "e.g. train.epochs=200"]),
+        ("train.epochs=~", ["train.epochs=~ is not an integer"]),
+        ("train=", ["train=: train is a section"]),
+        ("train.epochs=" + "[" * 2000 + "]" * 2000, ["nested too deep"]),
         ("train.epochs.x=3", ["train.epochs.x", "train.epochs is no section", "e.g. train.epochs=200"]),
     ],
 )
@@ -326,6 +343,10 @@ def test_the_value_that_a_refusal_proposes_is_accepted():
         ("train:\n  epochs: many\n", ["train.epochs=many"]),
         ("train: 3\n", ["train is a section"]),
         ("train:\n", ["train is a section"]),
+        ("train:\n  epochs: {}\n", ["mine.yaml: train.epochs={} is not an integer"]),
+        ("train:\n  epochs: 1:30\n", ["train.epochs=1:30 is not an integer"]),
+        ("train:\n  epochs: 010\n", ["train.epochs=010 is not an integer"]),
+        ("train:\n  temperature: 1e309\n", ["train.temperature=1e309 is too large a number"]),
         ("preset: moco_v3\n", ["preset=moco_v3", "moco_v2"]),
         ("preset: [1]\n", ["preset="]),
         ("1: 2\n", ["1 is not a setting"]),
@@ -351,6 +372,30 @@ def test_an_empty_file_is_the_defaults(tmp_path: Path):
     file = tmp_path / "empty.yaml"
     file.write_text("")
     assert load(str(file)) == dataclasses.replace(Config(), name="empty")
+
+
+def test_a_file_that_is_nested_without_end_is_refused_in_one_line(tmp_path: Path):
+    for depth in (300, 2000):
+        file = tmp_path / f"{depth}.yaml"
+        file.write_text("".join(f"{' ' * at}a:\n" for at in range(depth)))
+        assert len(refusal(base=str(file))) < 500
+
+
+def test_a_pipe_in_place_of_a_file_is_refused_as_what_it_is(tmp_path: Path):
+    os.mkfifo(tmp_path / "fifo.yaml")
+    text = refusal(base=str(tmp_path / "fifo.yaml"))
+    assert "write it to one" in text
+    assert "did you mean" not in text
+
+
+def test_what_only_looks_like_a_number_stays_a_text_where_a_text_is_wanted():
+    config = load("demo", ["ingest.label_key=010", "ingest.image_key=1:30", "card.limits=[1_000]"])
+    assert (config.ingest.label_key, config.ingest.image_key, config.card.limits) == ("010", "1:30", ("1_000",))
+
+
+def test_plain_numbers_are_read_however_they_are_written():
+    for typed, value in (("+2", 2.0), ("2", 2.0), ("2.", 2.0), (".5", 0.5), ("5E-1", 0.5), ("'0.5'", 0.5)):
+        assert load("moco_v2", [f"train.temperature={typed}"]).train.temperature == value
 
 
 def test_a_missing_preset_or_file_is_refused_with_the_nearest_ones(tmp_path: Path):

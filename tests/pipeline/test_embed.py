@@ -308,3 +308,11 @@ def test_a_batch_of_none_and_a_source_without_images_are_refused(tmp_path, pushe
     with pytest.raises(UserError, match="no images"):
         embed(str(pushed), str(tmp_path / "texts"), str(tmp_path / "out.npz"))
     assert sorted(os.listdir(tmp_path)) == ["source", "texts"]
+
+
+def test_a_source_with_spans_is_refused_with_the_newest(tmp_path, pushed, source):
+    (tmp_path / "day").mkdir()
+    for number in ("09", "10"):
+        shutil.copytree(source / "flags", tmp_path / "day" / number)
+    with pytest.raises(UserError, match=rf"\{{SPAN:2\}} is for './moco run'.* e.g. --images {tmp_path}/day/10$"):
+        embed(str(pushed), f"{tmp_path}/day/{{SPAN:2}}", str(tmp_path / "out.npz"))

@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from small_runs import RESNET, result_of, settings, write_images
+from tfx.types import standard_artifacts
 
-from pipeline import cli, local
+from pipeline import cli, local, report
 from pipeline.workdir import opened
 from trainer_module.errors import UserError
 
@@ -77,3 +78,16 @@ def test_artifacts_of_metadata_that_were_removed_are_set_aside_and_never_mixed_w
     assert len(made) > 1
     (kept,) = tmp_path.glob("artifacts-unknown-*/ImageExampleGen/examples/1/Split-train/*")
     assert kept.read_bytes() == b"of an earlier run"
+
+
+@pytest.mark.parametrize(
+    ("images", "shown"),
+    [("day-{SPAN:2}/v{VERSION}/*.png", "day-07/v3/*.png"), ("{YYYY}/{MM}/{DD}", "1970/01/08"), ("x/*.tar", "x/*.tar")],
+)
+def test_the_line_that_embeds_names_the_span_that_was_read(images, shown, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    examples = standard_artifacts.Examples()
+    examples.set_int_custom_property("span", 7)
+    examples.set_int_custom_property("version", 3)
+    node = report.Node("ImageExampleGen", 1.0, 1.0, cached=False, outputs={"examples": [examples]})
+    assert report._shown(report._as_read(images, node)) == shown

@@ -131,3 +131,11 @@ def test_a_leak_alarm_is_broken_silence_holds_and_not_knowing_is_neither():
     assert outcome("leak_passed", leak="").holds is True
     rules = judge(FOUND._replace(leak=None), CONFIG)
     assert rules[-1].holds is None
+
+
+def test_p_reads_on_the_side_of_its_bound_on_which_it_lies():
+    for p, shown in ((0.00062, "0.00062"), (0.0009999, "0.0009999"), (0.001, "0.001"), (7e-6, "7e-06")):
+        text = outcome("gain_passed", score=0.5, untrained=0.4, gain=Estimate(0.1, 0.05, 0.15), gain_p=p).text
+        assert f"paired p = {shown}" in text
+    worse = {"score": 0.4, "baseline": 0.41, "change": Estimate(-0.01, -0.05, 0.03), "change_p": 0.04996}
+    assert "paired p = 0.04996, change" in outcome("not_worse_passed", **worse).text
