@@ -43,7 +43,8 @@ class IngestConfig:
         min_side: an image with a shorter side, in pixels, is quarantined.
         max_bad_fraction: share of quarantined images, in [0, 1], past which the run stops.
         eval_fraction: share of the images that goes to the eval split, by hash of the content.
-        shard_mb: size at which a shard is closed, in MiB of original bytes.
+        shard_mb: size at which a shard is closed, in MiB of the bytes that are stored, as far as headers tell them: an
+            image that will be turned upright or converted counts as half of its pixels' bytes.
         labels: see Labels.
         image_key: tf.Example feature that holds the encoded image; empty: `image/encoded`, then `image`.
         label_key: tf.Example feature that holds the label; empty: the first there is of `image/label`,

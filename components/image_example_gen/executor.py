@@ -22,7 +22,6 @@ from components.image_example_gen.stages import NEAR_DUPLICATES_FILE, QUARANTINE
 from trainer_module.errors import UserError
 
 INGEST_FILE = "ingest.json"
-_SPACE_MARGIN = 1.05
 
 
 class Executor(base_beam_executor.BaseBeamExecutor):
@@ -46,10 +45,9 @@ class Executor(base_beam_executor.BaseBeamExecutor):
             update_output_artifact(exec_properties, examples.mlmd_artifact)
         job = make_job(exec_properties, examples.uri)
         found = sources.survey(job.src)
-        # As much as the source, and compressed archives once more while they are unpacked.
-        need = (found.size + found.packed) * _SPACE_MARGIN
-        mend = "free some space or choose another --workdir"
-        disk.check_space(job.uri, need, f"the images of {job.src}", mend)
+        # As much as the source, and compressed archives once more while they are unpacked. What grows in canonical form
+        # is known when the headers have been read, and told by the stages.
+        stages.check_space(job, found.size + found.packed, f"the images of {job.src}")
         try:
             summary = self._ingest(job)
         except BaseException:

@@ -113,7 +113,7 @@ def chunks(items: Iterable[_In], size: int) -> Iterator[list[_In]]:
 
 
 class Finder:
-    """Finds the images of files; their first bytes are checked, nothing is decoded."""
+    """Finds the images of files; their headers are read, nothing is decoded."""
 
     def __init__(self, config: IngestConfig, scratch: str, threads: Threads):
         """Args:
@@ -122,6 +122,7 @@ class Finder:
         threads: read single images.
         """
         self._config, self._scratch, self._threads = config, scratch, threads
+        self._limits = codec.Limits(config.max_pixels, config.min_side)
 
     def find(self, batch: list[tuple[Any, ...]]) -> Iterator[Result]:
         """What a batch of `batches` is or holds, in order: archives from end to end, single images by many threads."""
@@ -132,12 +133,27 @@ class Finder:
             return
         file, trouble = self._unpacked(files[0])
         for item in sources.read_file(file, self._config):
-            yield _judge(item)
+            # What stopped the unpacking also cuts the archive short, and is told once.
+            if not (trouble and isinstance(item, sources.Bad) and item.path == file.relative):
+                yield self._judge(item)
         if trouble:
-            yield _judge(sources.Bad(file.relative, "damaged_archive", trouble))
+            yield self._judge(sources.Bad(file.relative, "damaged_archive", trouble))
 
     def _judge_file(self, file: sources.File) -> list[Result]:
-        return [_judge(item) for item in sources.read_file(file, self._config)]
+        return [self._judge(item) for item in sources.read_file(file, self._config)]
+
+    def _judge(self, item: sources.Item) -> Result:
+        if isinstance(item, sources.Skipped):
+            return "skipped", None
+        if isinstance(item, sources.Bad):
+            return "bad", (item.path, item.reason, item.detail, None)
+        sha = codec.sha256(item.data)
+        try:
+            codec.recognise(item.data)
+        except codec.BadImage as bad:
+            return "bad", (item.ref.path, bad.reason, bad.detail, sha)
+        ref = item.ref._replace(stored=codec.grown_size(item.data, self._limits))
+        return "ref", (bytes.fromhex(sha), pack_ref(ref))
 
     def _unpacked(self, file: sources.File) -> tuple[sources.File, str | None]:
         """The file itself, or where it is a compressed archive, an unpacked copy of it whose members can be read."""
@@ -158,19 +174,6 @@ def _is_archive(file: sources.File) -> bool:
     return sources.kind_of(file.relative) in (sources.Kind.tar, sources.Kind.tfrecord)
 
 
-def _judge(item: sources.Item) -> Result:
-    if isinstance(item, sources.Skipped):
-        return "skipped", None
-    if isinstance(item, sources.Bad):
-        return "bad", (item.path, item.reason, item.detail, None)
-    sha = codec.sha256(item.data)
-    try:
-        codec.recognise(item.data)
-    except codec.BadImage as bad:
-        return "bad", (item.ref.path, bad.reason, bad.detail, sha)
-    return "ref", (bytes.fromhex(sha), pack_ref(item.ref))
-
-
 def read_again(ref: sources.Ref, sha: str) -> bytes:
     """Reads an image that was found before.
 
@@ -186,14 +189,16 @@ def read_again(ref: sources.Ref, sha: str) -> bytes:
 def pack_ref(ref: sources.Ref) -> str:
     """A reference as one text, for the runner holds millions; texts sort by path, then by file.
 
-    A file that ends in the path, as single images do, is kept without it.
+    A file that ends in the path, as single images do, is kept without it, and what is stored only where it is known.
     """
     file = ref.file[: -len(ref.path)] if ref.file.endswith("/" + ref.path) else ref.file
-    return "\0".join((ref.path, file, str(ref.offset), str(ref.size), *(() if ref.label is None else (ref.label,))))
+    size = f"{ref.size}>{ref.stored}" if ref.stored else str(ref.size)
+    return "\0".join((ref.path, file, str(ref.offset), size, *(() if ref.label is None else (ref.label,))))
 
 
 def unpack_ref(packed: str) -> sources.Ref:
     """Undoes `pack_ref`."""
     path, file, offset, size, *label = packed.split("\0")
     file += path if file.endswith("/") else ""
-    return sources.Ref(file, int(offset), int(size), path, label[0] if label else None)
+    size, _, stored = size.partition(">")
+    return sources.Ref(file, int(offset), int(size), path, label[0] if label else None, int(stored or 0))

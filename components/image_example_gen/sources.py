@@ -9,16 +9,20 @@ A source is a folder, a file, or a glob whose matches are folders and files, loc
 
 A name that claims to be an image by its extension is an image or is quarantined. Any other file is an image where its
 first bytes say so; else it is skipped and counted. Hidden files (`.DS_Store`, `._x`, `__MACOSX`, `Thumbs.db`), broken
-links and devices are ignored. Links to files and folders are followed, each folder once on the way down.
+links, pipes, sockets and devices are ignored. Links to files and folders are followed, and each folder is listed once:
+where it lies, if that is below the source, else under the first link to it. Links inside a tar archive are quarantined
+where their names claim images, since what they lead to is read under its own name.
 """
 
+import contextlib
 import dataclasses
 import enum
-import glob
+import fnmatch
 import gzip
 import hashlib
 import json
 import os
+import posixpath
 import re
 import struct
 import tarfile
@@ -47,6 +51,10 @@ _MAX_SIDECAR_BYTES = 1 << 20
 _MAX_TXT_LABEL = 64  # characters; a longer line is a caption
 _LABEL_KEYS = ("image/label", "image/class/text", "image/class/label", "label")
 _IMAGE_KEYS = ("image/encoded", "image")
+_MOST_INFLATED = 1032  # bytes that deflate can make of one
+# What labels cannot hold: control characters and ends of lines, by which files of labels are cut, and lone surrogates,
+# which have no encoding.
+_UNFIT_CATEGORIES = ("Cc", "Zl", "Zp", "Cs")
 _ARCHIVE_ERRORS = (tarfile.TarError, EOFError, zlib.error, OSError, struct.error)
 
 
@@ -83,6 +91,7 @@ class Ref(NamedTuple):
         offset, size: bytes.
         path: the image's name for people, below the source.
         label: None when unlabelled.
+        stored: about how many bytes it takes in canonical form; 0 where those are its own, or not known.
     """
 
     file: str
@@ -90,6 +99,7 @@ class Ref(NamedTuple):
     size: int
     path: str
     label: str | None
+    stored: int = 0
 
 
 class Found(NamedTuple):
@@ -366,57 +376,111 @@ def _list_any(src: str) -> Iterator[File]:
 def _list_local(src: str) -> Iterator[File]:
     """Lists a local folder, file or glob."""
     if os.path.isdir(src):
-        yield from _walk(src, "", ())
+        yield from _walk(src, ())
         return
-    if os.path.exists(src):
+    if os.path.isfile(src):
         yield _local_file(src, os.path.basename(src))
         return
+    if os.path.exists(src):
+        raise UserError(f"--images: {src} is a pipe, a socket or a device; name a file or a folder")
     if not _WILDCARD.search(src):
         raise UserError(f"--images: there is no {src}; check the path")
     base = _fixed_part(src)
-    matches = sorted(glob.iglob(src, recursive=True))
-    if not matches:
+    pattern = tuple(part for part in src[len(base) :].split("/") if part)
+    base = base or ("/" if src.startswith("/") else ".")
+    matched = False
+    for file in _walk(base, pattern) if os.path.isdir(base) else ():
+        matched = True
+        yield file
+    if not matched:
         raise UserError(f"--images: nothing matches {src}; check the pattern, and quote it for the shell")
-    listed: set[str] = set()
-    for match in matches:
-        match = match.rstrip("/")
-        relative = os.path.relpath(match, base)
-        # With ** a folder's files match on their own too; each is to be listed once.
-        above = {match, *(match[: cut.start()] for cut in re.finditer("/", match))}
-        if not above & listed and not any(_is_ignored(part) for part in relative.split("/")):
-            if os.path.isdir(match):
-                listed.add(match)
-                yield from _walk(match, "" if relative == "." else relative, ())
-            elif os.path.isfile(match):
-                yield _local_file(match, relative)
 
 
-def _walk(folder: str, relative: str, above: tuple[tuple[int, int], ...]) -> Iterator[File]:
-    """Lists the files below a folder. `above` identifies the folders on the way down, to leave circles of links."""
-    try:
-        status = os.stat(folder)
-        entries = os.scandir(folder)
-    except OSError as error:
-        raise UserError(f"the folder {printable(folder)} may not be read: allow it, or name another folder") from error
-    identity = (status.st_dev, status.st_ino)
-    if identity in above:
-        return
-    with entries:
-        for entry in entries:
-            if _is_ignored(entry.name):
+def _walk(base: str, pattern: tuple[str, ...]) -> Iterator[File]:
+    """Lists the files below a folder that match a pattern, or lie in a folder that does.
+
+    Links to folders wait until everything else is listed, and no folder is entered twice with the same places in the
+    pattern. So links in circles end, links among folders do not multiply files, and what is listed does not depend on
+    the order in which the system names the entries.
+
+    Args:
+        base: the folder.
+        pattern: parts with wildcards, `**` for any number of folders; empty for all files.
+    """
+    seen: set[tuple[int, int, frozenset[int]]] = set()
+    waiting = [(base, "", _reached({0}, pattern))]
+    while waiting:
+        links: list[_Folder] = []
+        for folder in sorted(waiting, key=lambda folder: folder[1]):
+            yield from _below(folder, pattern, seen, links)
+        waiting = links
+
+
+_Folder = tuple[str, str, frozenset[int]]  # path, path below the source, places in the pattern
+
+
+def _below(
+    start: _Folder, pattern: tuple[str, ...], seen: set[tuple[int, int, frozenset[int]]], links: list[_Folder]
+) -> Iterator[File]:
+    """Lists what lies below a folder without following links to folders, which it appends to `links`."""
+    inside = [start]
+    while inside:
+        folder, relative, places = inside.pop()
+        try:
+            status = os.stat(folder)
+            identity = (status.st_dev, status.st_ino, places)
+            if identity in seen:
                 continue
-            name = f"{relative}/{entry.name}" if relative else entry.name
-            if entry.is_dir():
-                yield from _walk(entry.path, name, (*above, identity))
-            elif entry.is_file():
-                yield _local_file(entry.path, name)
+            seen.add(identity)
+            entries = os.scandir(folder)
+        except OSError as error:
+            text = f"the folder {printable(folder)} may not be read: allow it, or name another folder"
+            raise UserError(text) from error
+        with entries:
+            for entry in entries:
+                name = f"{relative}/{entry.name}" if relative else entry.name
+                reached = _after(places, entry.name, pattern)
+                if _is_ignored(entry.name) or not reached:
+                    continue
+                is_folder, is_file = _kind_of_entry(entry)
+                if is_folder:
+                    (links if entry.is_symlink() else inside).append((entry.path, name, reached))
+                elif is_file and len(pattern) in reached:
+                    yield _local_file(entry.path, name)
+
+
+def _kind_of_entry(entry: os.DirEntry[str]) -> tuple[bool, bool]:
+    """Whether an entry is a folder, and whether a regular file, or a link to one."""
+    try:
+        return entry.is_dir(), entry.is_file()
+    except OSError:  # a link to itself, or into a locked folder: reading it will tell
+        return False, True
+
+
+def _after(places: frozenset[int], name: str, pattern: tuple[str, ...]) -> frozenset[int]:
+    """The places in a pattern that are reached from others by one more name of a path."""
+    reached = set()
+    for place in places:
+        if place == len(pattern) or pattern[place] == "**":
+            reached.add(place)
+        elif fnmatch.fnmatchcase(name, pattern[place]):
+            reached.add(place + 1)
+    return _reached(reached, pattern)
+
+
+def _reached(places: set[int], pattern: tuple[str, ...]) -> frozenset[int]:
+    """Places with those behind `**`, which may stand for no folder at all; len(pattern) is a match."""
+    for place, part in enumerate(pattern):
+        if place in places and part == "**":
+            places.add(place + 1)
+    return frozenset(places)
 
 
 def _local_file(path: str, relative: str) -> File:
     """A local file with its size and time; one that may not be read counts as changed once it may."""
     try:
         status = os.stat(path)
-    except FileNotFoundError:  # deleted since it was listed
+    except OSError:  # deleted since it was listed, or a link that leads nowhere
         return File(path, relative, 0, 0)
     return File(path, relative, status.st_size, status.st_mtime_ns if os.access(path, os.R_OK) else -1)
 
@@ -505,11 +569,16 @@ def _folder_label(relative: str, config: IngestConfig) -> str | None:
 
 
 def _label(value: object, config: IngestConfig) -> str | None:
-    """A label as it is stored: NFC, no blanks around it; None where there is none or none is wanted."""
+    """A label as it is stored; None where there is none or none is wanted.
+
+    It is NFC, without blanks around it and without NULs. Any other control character, end of line or lone surrogate in
+    it becomes U+FFFD, the replacement character, for the label vocabulary is a file of lines: `a\\nb` would be in none.
+    """
     if config.labels is Labels.none or value is None or isinstance(value, dict | list):
         return None
     text = value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
-    return unicodedata.normalize("NFC", text).replace("\0", "").strip() or None
+    text = unicodedata.normalize("NFC", text).replace("\0", "").strip()
+    return "".join("\ufffd" if unicodedata.category(one) in _UNFIT_CATEGORIES else one for one in text) or None
 
 
 # --- tar
@@ -539,10 +608,12 @@ class _Group:
 def _read_tar(file: File, config: IngestConfig) -> Iterator[Item]:
     """Reads a tar archive member by member; neighbours with one key (name up to its first dot) belong together."""
     with open_file(file.path) as raw:
-        stream, mode = (gzip.GzipFile(fileobj=raw), "r|") if is_compressed(file.path) else (raw, "r:")
+        size = _size(raw)
+        packed = is_compressed(file.path)
+        stream, mode = (gzip.GzipFile(fileobj=raw), "r|") if packed else (_Within(raw, size), "r:")
         group = _Group("")
         try:
-            for member, data in _members(stream, mode, file, config):
+            for member, data in _members(stream, mode, size * _MOST_INFLATED if packed else size, file, config):
                 key = _key(member.name)
                 if key != group.key:
                     yield from group.items(config)
@@ -555,38 +626,110 @@ def _read_tar(file: File, config: IngestConfig) -> Iterator[Item]:
         yield from group.items(config)
 
 
+def _size(stream: BinaryIO) -> int:
+    """Bytes of a file, which then stands at its beginning."""
+    size = stream.seek(0, os.SEEK_END)
+    stream.seek(0)
+    return size
+
+
+class _Within:
+    """A file of which nobody can ask for more bytes than it has, whatever a header says."""
+
+    def __init__(self, stream: BinaryIO, size: int):
+        self._stream, self._size = stream, size
+        self.seek, self.tell = stream.seek, stream.tell
+
+    def read(self, size: int) -> bytes:
+        """At most so many bytes."""
+        return self._stream.read(max(0, min(size, self._size - self._stream.tell())))
+
+
+@contextlib.contextmanager
+def _damage_told() -> Iterator[None]:
+    """Makes damage of whatever tarfile raises.
+
+    Raises:
+        tarfile.ReadError: the archive is damaged.
+    """
+    try:
+        yield
+    except (*_ARCHIVE_ERRORS, UserError):
+        raise
+    except Exception as error:  # a hostile header makes tarfile raise nearly anything
+        raise tarfile.ReadError(_describe(error)) from error
+
+
 def _members(
-    stream: Any, mode: Any, file: File, config: IngestConfig
+    stream: Any, mode: Any, most: int, file: File, config: IngestConfig
 ) -> Iterator[tuple[tarfile.TarInfo, bytes | Bad | None]]:
-    """Yields the ordinary files of an archive with their bytes; None for what is none of ours."""
-    with tarfile.open(fileobj=stream, mode=mode) as archive:
-        while (member := archive.next()) is not None:
-            archive.members.clear()  # type: ignore[attr-defined]  # tarfile remembers every member it has seen
-            if not member.isreg():
+    """Yields the files of an archive with their bytes, or with what is wrong; None for what is none of ours.
+
+    Args:
+        stream: the archive, unpacked.
+        mode: of tarfile.
+        most: bytes that it can have.
+        file: the archive.
+        config: what is refused.
+    """
+    with _opened(stream, mode) as archive:
+        while (member := _next(archive, most)) is not None:
+            if not (member.isreg() or member.islnk() or member.issym()):
                 continue
-            member.name = printable(member.name.removeprefix("./"))
+            # Names of people's choice: absolute ones, and those that climb, end up below the archive.
+            member.name = posixpath.normpath("/" + printable(member.name)).lstrip("/")
             if any(_is_ignored(part) for part in member.name.split("/")):
                 continue
-            yield member, _member_data(archive, member, file, config)
+            with _damage_told():
+                data = _member_data(archive, member, file, config)
+            yield member, data
         if mode == "r:":
             _check_end(stream, archive.offset)
+
+
+def _opened(stream: Any, mode: Any) -> tarfile.TarFile:
+    with _damage_told():
+        return tarfile.open(fileobj=stream, mode=mode)
+
+
+def _next(archive: tarfile.TarFile, most: int) -> tarfile.TarInfo | None:
+    """The next header of an archive; a size that cannot be is damage, before anything of that size is sought."""
+    with _damage_told():
+        member = archive.next()
+    archive.members.clear()  # type: ignore[attr-defined]  # tarfile remembers every member it has seen
+    if member is not None and not member.offset_data <= archive.offset < most + tarfile.BLOCKSIZE:
+        raise tarfile.ReadError(f"a header tells {member.size} bytes, which are not there")
+    return member
 
 
 def _member_data(
     archive: tarfile.TarFile, member: tarfile.TarInfo, file: File, config: IngestConfig
 ) -> bytes | Bad | None:
     """Bytes of a member that is an image or labels one."""
+    path = f"{file.relative}/{member.name}"
+    if apart := _apart(member):
+        return Bad(path, "not_in_archive", apart) if kind_of(member.name) is Kind.image else None
     stream = archive.extractfile(member)
     if stream is None:
         return None
     if os.path.splitext(member.name)[1].lower() in _SIDECARS:
         return stream.read() if member.size <= _MAX_SIDECAR_BYTES else None
-    if too_long := _too_long(f"{file.relative}/{member.name}", member.size, config):
+    if too_long := _too_long(path, member.size, config):
         return too_long
     head = stream.read(16)
     if kind_of(member.name) is not Kind.image and not looks_like_image(head):
         return None
     return head + stream.read()
+
+
+def _apart(member: tarfile.TarInfo) -> str:
+    """Why the bytes of a member do not lie behind its header in one piece; empty where they do."""
+    target = printable(member.linkname)
+    if member.islnk():
+        return f"it is a hard link to {target}, which is read under its own name"
+    if member.issym():
+        return f"it is a link to {target}; pack what it leads to (tar --dereference)"
+    return "its bytes lie in pieces; pack it without --sparse" if member.issparse() else ""
 
 
 def _check_end(stream: Any, offset: int) -> None:
@@ -625,7 +768,7 @@ def _sidecar_value(sidecars: dict[str, bytes]) -> object:
     if ".json" in sidecars:
         try:
             fields = json.loads(sidecars[".json"])
-        except ValueError:
+        except (ValueError, RecursionError):
             fields = None
         if isinstance(fields, dict):
             found = [fields[name] for name in ("label", "class", "cls") if fields.get(name) is not None]
@@ -646,19 +789,33 @@ def _caption(sidecars: dict[str, bytes]) -> str | None:
 def _read_tfrecord(file: File, config: IngestConfig) -> Iterator[Item]:
     """Reads the tf.Examples of a TFRecord file."""
     with open_file(file.path) as raw:
-        stream: Any = gzip.GzipFile(fileobj=raw) if is_compressed(file.path) else raw
+        size = _size(raw)
+        packed = is_compressed(file.path)
+        stream: Any = gzip.GzipFile(fileobj=raw) if packed else raw
         try:
-            for number, (offset, record) in enumerate(_records(stream)):
-                yield _read_example(file, f"{file.relative}/{number:08d}", offset, record, config)
+            lengths = _lengths(stream, size * _MOST_INFLATED if packed else size)
+            for number, (offset, length) in enumerate(lengths):
+                path = f"{file.relative}/{number:08d}"
+                if too_long := _too_long(path, length, config):
+                    yield too_long
+                    continue
+                record = stream.read(length)
+                if len(record) != length:
+                    raise EOFError(f"the record at byte {offset} is cut off")
+                yield _read_example(file, path, offset, record, config)
         except _ARCHIVE_ERRORS as error:
             text = f"it ends too early or is no TFRecord file ({_describe(error)})"
             yield Bad(file.relative, "damaged_archive", text)
 
 
-def _records(stream: Any) -> Iterator[tuple[int, bytes]]:
-    """Yields offset and bytes of every record: length (8 bytes), its CRC (4), data, its CRC (4).
+def _lengths(stream: Any, most: int) -> Iterator[tuple[int, int]]:
+    """Yields offset and length of every record: length (8 bytes), its CRC (4), data, its CRC (4).
 
     The checksum of the length is tested, for a wrong one leads astray; that of the data is left to the image's decoder.
+
+    Args:
+        stream: stands at each record's data when that is yielded.
+        most: bytes that it can have.
     """
     from google_crc32c import value as crc32c
 
@@ -668,11 +825,12 @@ def _records(stream: Any) -> Iterator[tuple[int, bytes]]:
         crc = crc32c(header[:8])
         if ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF != checksum:
             raise OSError(f"the record at byte {offset} has a wrong checksum")
-        record = stream.read(length + 4)[:-4]
-        if len(record) != length:
+        if offset + length + 16 > most:
             raise EOFError(f"the record at byte {offset} is cut off")
-        yield offset + 12, record
+        yield offset + 12, length
         offset += length + 16
+        if stream.seek(offset) != offset:
+            raise EOFError("the last record is cut off")
 
 
 def _read_example(file: File, path: str, offset: int, record: bytes, config: IngestConfig) -> Item:
@@ -726,7 +884,7 @@ def unpack(file: File, destination: str) -> str | None:
     with target, open_file(file.path) as raw, gzip.GzipFile(fileobj=raw) as stream:
         while True:
             try:
-                block = stream.read(1 << 20)
+                block = stream.read1(1 << 16)  # read() would lose what it has when the archive ends too early
             except (EOFError, zlib.error, gzip.BadGzipFile) as error:
                 return _describe(error)
             if not block:

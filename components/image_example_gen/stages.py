@@ -1,7 +1,7 @@
 """Beam pipeline of ImageExampleGen: find, de-duplicate, split, group into shards, then check and write each shard.
 
 Only references (file, offset, size) travel between the stages. An image's bytes are read twice, once to hash them and
-once to check and write them, and never held longer than that; the runner keeps about 2 kB of references an image.
+once to check and write them, and never held longer than that; the runner keeps about 2.5 kB of references an image.
 Workers import this module, so it imports no TFX, which would cost each of them 13 s of processor time.
 """
 
@@ -18,6 +18,7 @@ from typing import Any
 import apache_beam as beam
 import tensorflow as tf
 
+from components import disk
 from components.image_example_gen import codec, finding, sources
 from components.image_example_gen.config import IngestConfig, NearDuplicates
 from components.image_example_gen.near_duplicates import Index, Prints
@@ -27,6 +28,7 @@ QUARANTINE_FILE = "quarantine.jsonl"
 _SCRATCH = ".scratch"
 _BATCH = 64  # image files listed together, which one call reads with its threads
 _MANIFEST = "manifest"  # among the counts, since it is summed as they are
+_SPACE_MARGIN = 1.05
 _DIGIT_BITS = 32  # Beam's integers have 64, so 2^31 images can be summed digit by digit
 
 Counts = dict[tuple[str, ...], int]
@@ -98,7 +100,7 @@ def build(pipeline: beam.Pipeline, job: Job) -> None:
     )
     sizes_by_split = beam.pvalue.AsDict(sizes)
     # Every shard exists even if no image falls into it, so that the numbers in the names have no gaps.
-    frames = sizes | "Frames" >> beam.FlatMap(_frames, job.config.shard_mb)
+    frames = sizes | "Frames" >> beam.FlatMap(_frames, job, sizes_by_split)
     members = placed | "Shard" >> beam.Map(_shard, job.config.shard_mb, sizes_by_split)
     written = (
         (frames, members)
@@ -391,13 +393,31 @@ def _place(element: tuple[bytes, tuple[str, int, bool]], splits: Sequence[tuple[
 
 def _size(element: tuple[str, bytes, str]) -> tuple[str, tuple[int, int]]:
     """(split, sha, ref) to (split, (bytes, 1))."""
-    return element[0], (finding.unpack_ref(element[2]).size, 1)
+    ref = finding.unpack_ref(element[2])
+    return element[0], (ref.stored or ref.size, 1)
 
 
-def _frames(element: tuple[str, tuple[int, int]], shard_mb: float) -> list[tuple[tuple[str, int], None]]:
-    """One empty member for every shard of a split."""
+def _frames(
+    element: tuple[str, tuple[int, int]], job: Job, sizes: Mapping[str, tuple[int, int]]
+) -> list[tuple[tuple[str, int], None]]:
+    """One empty member for every shard of a split. Nothing is written before them, so a lack of space is told here.
+
+    Raises:
+        UserError: no space.
+    """
     split, (size, _) = element
-    return [((split, index), None) for index in range(shard_count(size, shard_mb))]
+    grown = f"the images of {job.src}, some of which grow when they are turned upright or converted,"
+    check_space(job, sum(size for size, _ in sizes.values()), grown)
+    return [((split, index), None) for index in range(shard_count(size, job.config.shard_mb))]
+
+
+def check_space(job: Job, need: int, what: str) -> None:
+    """Refuses to write so many bytes where the disk cannot hold them; see `disk.check_space`.
+
+    Raises:
+        UserError: no space.
+    """
+    disk.check_space(job.uri, need * _SPACE_MARGIN, what, "free some space or choose another --workdir")
 
 
 def _shard(

@@ -1,6 +1,9 @@
 """References to images: batches of files in order, threads that keep it, and images that are read a second time."""
 
+import gzip
+import io
 import os
+import tarfile
 
 import pytest
 from hypothesis import given
@@ -70,3 +73,60 @@ def test_an_image_is_read_again_only_if_it_is_the_same(tmp_path, sample_images) 
     assert codec.sha256(bytes(other)) != sha.hex()
     with pytest.raises(OSError, match="changed"):
         finding.read_again(ref, sha.hex())
+
+
+def found(path, scratch):
+    """What the stages find of one file: kinds, and (path, reason) of what is bad."""
+    (scratch / "unpacked").mkdir(exist_ok=True)
+    threads = finding.Threads()
+    (batch,) = finding.batches(sources.list_files(str(path)), 8)
+    results = list(finding.Finder(IngestConfig(), str(scratch), threads).find(batch))
+    threads.close()
+    for kind, value in results:
+        if kind == "ref":
+            finding.read_again(finding.unpack_ref(value[1]), value[0].hex())
+    return [kind for kind, _ in results], [value[:2] for kind, value in results if kind == "bad"]
+
+
+@pytest.mark.parametrize("suffix", ["tgz", "tfrecord.gz"])
+def test_a_cut_compressed_archive_gives_all_that_it_holds_and_is_told_once(tmp_path, sample_images, suffix) -> None:
+    pictures = [bytes(picture) for several in sample_images.values() for picture in several][:40]
+    whole = io.BytesIO()
+    if suffix == "tgz":
+        with tarfile.open(fileobj=whole, mode="w:gz") as archive:
+            for number, data in enumerate(pictures):
+                info = tarfile.TarInfo(f"c/{number}.png")
+                info.size = len(data)
+                archive.addfile(info, io.BytesIO(data))
+    else:
+        import tensorflow as tf
+
+        with tf.io.TFRecordWriter(str(tmp_path / "plain")) as writer:
+            for data in pictures:
+                feature = tf.train.Feature(bytes_list=tf.train.BytesList(value=[data]))
+                features = tf.train.Features(feature={"image": feature})
+                writer.write(tf.train.Example(features=features).SerializeToString())
+        whole.write(gzip.compress((tmp_path / "plain").read_bytes()))
+    path = tmp_path / f"x.{suffix}"
+    path.write_bytes(whole.getvalue()[: len(whole.getvalue()) // 2])
+    kinds, bad = found(path, tmp_path)
+    streamed = [item for item in sources.read_images(str(path), IngestConfig()) if isinstance(item, sources.Found)]
+    assert kinds.count("ref") >= len(streamed) > 10
+    assert bad == [(path.name, "damaged_archive")]
+
+
+def test_a_compressed_archive_that_is_none_is_told_once(tmp_path) -> None:
+    path = tmp_path / "x.tar.gz"
+    path.write_bytes(b"this is no gzip")
+    assert found(path, tmp_path) == (["bad"], [("x.tar.gz", "damaged_archive")])
+
+
+def test_what_could_be_unpacked_is_in_the_file(tmp_path) -> None:
+    data = os.urandom(300_000)
+    path = tmp_path / "x.tar.gz"
+    path.write_bytes(gzip.compress(data)[:200_000])
+    trouble = sources.unpack(sources.File(str(path), path.name, 200_000, 0), str(tmp_path / "out"))
+    assert "EOFError" in trouble
+    unpacked = (tmp_path / "out").read_bytes()
+    assert data.startswith(unpacked)
+    assert len(unpacked) > 190_000

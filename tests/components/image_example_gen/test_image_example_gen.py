@@ -392,6 +392,7 @@ refs = st.builds(
     st.integers(0, 1 << 40),
     words,
     st.one_of(st.none(), st.sampled_from(["x", "y"])),
+    st.integers(0, 1 << 40),
 )
 
 
@@ -490,6 +491,43 @@ def test_a_source_larger_than_the_free_space_is_refused_before_the_work(tmp_path
     message = refused(tmp_path / "src", tmp_path / "out")
     assert "free some space" in message
     assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture(scope="module")
+def turned(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """40 JPEGs that a camera held on its side; upright they are PNGs, several times as large."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    files = {}
+    for name, data in sample(40).items():
+        stream = io.BytesIO()
+        picture = Image.open(io.BytesIO(data)).convert("RGB").resize((400, 300), Image.Resampling.BICUBIC)
+        picture.save(stream, "JPEG", exif=exif)
+        files[f"{name}.jpg"] = stream.getvalue()
+    return write_all(tmp_path_factory.mktemp("turned"), files)
+
+
+def size_of(folder: pathlib.Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def test_shards_of_images_that_grow_are_of_the_set_size(turned: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    ingest(turned, tmp_path / "out", shard_mb=0.5)
+    sizes = [path.stat().st_size for path in (tmp_path / "out" / "Split-train").iterdir()]
+    assert counts(tmp_path / "out")["ingested"] == 40
+    assert sum(sizes) > 3 * size_of(turned)
+    assert sum(sizes) / len(sizes) < 0.5 * 2**20
+    assert max(sizes) < 2 * 0.5 * 2**20
+
+
+def test_the_space_that_growing_images_need_is_told_before_they_are_written(
+    turned: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda _: real._replace(free=2 * size_of(turned)))
+    message = refused(turned, tmp_path / "out")
+    assert "grow when they are turned upright or converted" in message
+    assert "free some space" in message
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux's device that is always full")

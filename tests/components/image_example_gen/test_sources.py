@@ -5,11 +5,14 @@ import io
 import json
 import os
 import pathlib
+import random
+import socket
 import struct
 import subprocess
 import sys
 import tarfile
 import unicodedata
+from typing import Any
 
 import pytest
 from apache_beam.io.filesystem import CompressionTypes, FileMetadata
@@ -46,15 +49,18 @@ def write_tar(path: pathlib.Path, members: dict[str, bytes], mode: str = "w") ->
     return path
 
 
-def tfrecord(records: list[bytes]) -> bytes:
+def masked_crc(data: bytes) -> bytes:
     from google_crc32c import value
 
-    def crc(data: bytes) -> bytes:
-        check = value(data)
-        return struct.pack("<I", ((check >> 15 | check << 17) + 0xA282EAD8) & 0xFFFFFFFF)
+    check = value(data)
+    return struct.pack("<I", ((check >> 15 | check << 17) + 0xA282EAD8) & 0xFFFFFFFF)
 
+
+def tfrecord(records: list[bytes]) -> bytes:
     lengths = [struct.pack("<Q", len(record)) for record in records]
-    return b"".join(size + crc(size) + record + crc(record) for size, record in zip(lengths, records, strict=True))
+    return b"".join(
+        size + masked_crc(size) + record + masked_crc(record) for size, record in zip(lengths, records, strict=True)
+    )
 
 
 def example(**values: bytes | int) -> bytes:
@@ -255,6 +261,58 @@ def test_links_are_followed_but_never_in_circles(tmp_path: pathlib.Path) -> None
     assert len(found) < 10
 
 
+def test_links_among_folders_do_not_multiply_their_files(tmp_path: pathlib.Path) -> None:
+    names = [f"f{number}" for number in range(7)]
+    for number, name in enumerate(names):
+        write(tmp_path / "set" / name / "a.png", png(number))
+        for other in set(names) - {name}:
+            (tmp_path / "set" / name / f"to-{other}").symlink_to(tmp_path / "set" / other)
+    expected = {f"{name}/a.png": name for name in names}
+    for src in ("set", "set/*", "set/**", "set/**/*.png", "set/*/*.png"):
+        assert labels(tmp_path / src) == expected, src
+        assert len(list(sources.list_files(f"{tmp_path}/{src}"))) == 7, src
+
+
+def test_a_folder_is_listed_where_it_lies_or_else_under_its_first_link(tmp_path: pathlib.Path) -> None:
+    write(tmp_path / "store" / "deep" / "a.png", png(1))
+    write(tmp_path / "set" / "z" / "b.png", png(2))
+    for name in ("b", "c"):
+        (tmp_path / "set" / name).symlink_to(tmp_path / "store")
+    (tmp_path / "set" / "a").symlink_to(tmp_path / "set" / "z")
+    assert labels(tmp_path / "set") == {"b/deep/a.png": "b", "z/b.png": "z"}
+    assert labels(tmp_path / "set" / "**" / "deep") == {"b/deep/a.png": "b"}
+    assert labels(tmp_path / "set" / "c") == {"deep/a.png": "deep"}
+
+
+def test_a_folder_that_a_pattern_passes_is_still_found_by_a_link_that_it_matches(tmp_path: pathlib.Path) -> None:
+    write(tmp_path / "set" / "store" / "a.png", png(1))
+    (tmp_path / "set" / "cats").symlink_to(tmp_path / "set" / "store")
+    assert labels(tmp_path / "set" / "**" / "cats") == {"cats/a.png": "cats"}
+
+
+def test_links_that_lead_nowhere_or_to_themselves_stop_nothing(tmp_path: pathlib.Path) -> None:
+    write(tmp_path / "a.png", png(1))
+    for name in ("b.png", "c"):
+        (tmp_path / name).symlink_to(tmp_path / name)
+    items = read(tmp_path)
+    assert [item.ref.path for item in items if isinstance(item, Found)] == ["a.png"]
+    assert [(item.path, item.reason) for item in items if isinstance(item, Bad)] == [("b.png", "unreadable")]
+
+
+def test_a_pipe_is_refused_as_a_source_and_passed_over_in_a_folder(tmp_path: pathlib.Path) -> None:
+    write(tmp_path / "a.png", png(1))
+    os.mkfifo(tmp_path / "b.png")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(os.path.relpath(tmp_path / "c.png"))
+    assert list(labels(tmp_path)) == ["a.png"]
+    assert list(labels(tmp_path / "*.png")) == ["a.png"]
+    for name in ("b.png", "c.png"):
+        with pytest.raises(UserError, match="a pipe, a socket or a device; name a file or a folder"):
+            sources.check(f"{tmp_path}/{name}")
+        with pytest.raises(UserError, match="nothing matches"):
+            sources.check(f"{tmp_path}/{name[0]}*")
+
+
 def test_a_name_that_is_no_unicode_is_quarantined(tmp_path: pathlib.Path) -> None:
     write(tmp_path / "a.png", png(1))
     with open(os.fsencode(tmp_path) + b"/\xff\xfe.png", "wb") as file:
@@ -272,6 +330,106 @@ def test_a_cut_archive_gives_what_it_holds_and_a_bad_row(tmp_path: pathlib.Path,
     items = read(tmp_path)
     assert len([item for item in items if isinstance(item, Found)]) in range(5, 10)
     assert [(item.path, item.reason) for item in items if isinstance(item, Bad)] == [(f"x{suffix}", "damaged_archive")]
+
+
+def header(name: str, **fields: Any) -> bytes:
+    info = tarfile.TarInfo(name)
+    for key, value in fields.items():
+        setattr(info, key, value)
+    return info.tobuf(tarfile.GNU_FORMAT)
+
+
+@pytest.mark.parametrize("kind", [tarfile.REGTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE, tarfile.GNUTYPE_SPARSE])
+@pytest.mark.parametrize("size", [1 << 33, 1 << 62, 1 << 70, -512, -(1 << 40)])
+@pytest.mark.parametrize("suffix", [".tar", ".tar.gz"])
+def test_a_hostile_size_in_an_archive_is_damage(tmp_path: pathlib.Path, kind: bytes, size: int, suffix: str) -> None:
+    whole = write_tar(tmp_path / "x.tar", {"c/a.png": png(1)}).read_bytes()[:1024]
+    data = whole + header("c/b.png", size=size, type=kind) + bytes(2048)
+    (tmp_path / "x.tar").unlink()
+    write(tmp_path / f"x{suffix}", gzip.compress(data) if suffix.endswith("gz") else data)
+    items = read(tmp_path)
+    assert [item.ref.path for item in items if isinstance(item, Found)] == [f"x{suffix}/c/a.png"]
+    if kind != tarfile.XHDTYPE:
+        assert "damaged_archive" in [item.reason for item in items if isinstance(item, Bad)]
+
+
+def test_an_archive_with_any_bytes_changed_stops_nothing(tmp_path: pathlib.Path) -> None:
+    """Headers keep a valid checksum, so that what is wrong gets as far as it can."""
+    whole = write_tar(tmp_path / "x.tar", {f"c/{'n' * 120}{n}.png": png(n) for n in range(4)}).read_bytes()
+    draw = random.Random(7)
+    for _ in range(400):
+        data = bytearray(whole)
+        for _ in range(draw.randrange(1, 6)):
+            block = draw.randrange(len(data) // 512) * 512
+            at = block + draw.choice([draw.randrange(512), 124, 125, 135, 156, 482])
+            data[at] = draw.choice([0, 0x20, 0x30, 0x39, 0x4B, 0x4C, 0x53, 0x78, 0x80, 0xFF, draw.randrange(256)])
+            data[block + 148 : block + 156] = b" " * 8
+            data[block + 148 : block + 156] = b"%06o\0 " % sum(data[block : block + 512])
+        (tmp_path / "x.tar").write_bytes(bytes(data))
+        assert all(isinstance(item, Found | Bad | Skipped) for item in read(tmp_path))
+
+
+def test_names_nested_without_end_are_damage(tmp_path: pathlib.Path) -> None:
+    long_name = header("l", size=512, type=tarfile.GNUTYPE_LONGNAME) + b"n" * 511 + b"\0"
+    write(tmp_path / "x.tar", long_name * 2000 + header("a.png"))
+    assert [item.reason for item in read(tmp_path) if isinstance(item, Bad)] == ["damaged_archive"]
+
+
+@pytest.mark.parametrize("suffix", [".tar", ".tgz"])
+def test_no_image_of_an_archive_vanishes_for_its_name_or_as_a_link(tmp_path: pathlib.Path, suffix: str) -> None:
+    path = write_tar(tmp_path / f"x{suffix}", {}, "w" if suffix == ".tar" else "w:gz")
+    names = ["/a/abs.png", ".//b/dots.png", "../../c/up.png", "d/../e/over.png", "./f/plain.png"]
+    with tarfile.open(path, "w" if suffix == ".tar" else "w:gz") as archive:
+        for number, name in enumerate(names):
+            info = tarfile.TarInfo(name)
+            info.size = len(png(number))
+            archive.addfile(info, io.BytesIO(png(number)))
+        for name, kind in (("g/hard.png", tarfile.LNKTYPE), ("g/soft.png", tarfile.SYMTYPE), ("g/x", tarfile.LNKTYPE)):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, "f/plain.png"
+            archive.addfile(info)
+    assert {name.removeprefix(f"x{suffix}/"): label for name, label in labels(tmp_path).items()} == {
+        "a/abs.png": "a",
+        "b/dots.png": "b",
+        "c/up.png": "c",
+        "e/over.png": "e",
+        "f/plain.png": "f",
+    }
+    items = read(tmp_path)
+    assert [(item.path, item.reason) for item in items if isinstance(item, Bad)] == [
+        (f"x{suffix}/g/hard.png", "not_in_archive"),
+        (f"x{suffix}/g/soft.png", "not_in_archive"),
+    ]
+    assert "f/plain.png" in next(item.detail for item in items if isinstance(item, Bad))
+    assert [item.path for item in items if isinstance(item, Skipped)] == [f"x{suffix}/g/x"]
+
+
+@pytest.mark.parametrize("sidecar", [b"[" * 100_000, b'{"label":' * 5_000, b"\xff\xfe", b'{"label": [1]}'])
+def test_a_sidecar_that_says_nothing_leaves_its_image(tmp_path: pathlib.Path, sidecar: bytes) -> None:
+    write_tar(tmp_path / "x.tar", {"0.json": sidecar, "0.png": png(1)})
+    assert labels(tmp_path) == {"x.tar/0.png": None}
+
+
+@pytest.mark.parametrize(
+    ("written", "label"),
+    [
+        (rb'{"label":"caf\ud83d"}', "caf\ufffd"),
+        (rb'{"label":"\ud83d\ude00"}', "\U0001f600"),
+        (rb'{"label":"a\nb"}', "a\ufffdb"),
+        (rb'{"label":"a\u2028b\u0085"}', "a\ufffdb"),
+        (rb'{"label":" a\tb\r\n"}', "a\ufffdb"),
+        (rb'{"label":"a\u0000"}', "a"),
+        (rb'{"label":"\n"}', None),
+    ],
+)
+def test_a_label_is_one_line_of_valid_unicode(tmp_path: pathlib.Path, written: bytes, label: str | None) -> None:
+    write_tar(tmp_path / "x.tar", {"0.json": written, "0.png": png(1)})
+    assert labels(tmp_path) == {"x.tar/0.png": label}
+
+
+def test_a_folder_with_a_line_break_in_its_name_is_a_label_that_vocabularies_can_hold(tmp_path: pathlib.Path) -> None:
+    write(tmp_path / "a\nb" / "x.png", png(1))
+    assert list(labels(tmp_path).values()) == ["a\ufffdb"]
 
 
 def test_a_broken_header_in_the_middle_of_an_archive_is_noticed(tmp_path: pathlib.Path) -> None:
@@ -297,6 +455,29 @@ def test_a_damaged_tfrecord_gives_what_it_holds_and_a_bad_row(tmp_path: pathlib.
         "text.tfrecord": "damaged_archive",
         "foreign.tfrecord/00000000": "not_an_example",
     }
+
+
+@pytest.mark.parametrize("name", ["x.tfrecord", "x.tfrecord.gz"])
+@pytest.mark.parametrize("length", [1 << 33, 1 << 63, (1 << 64) - 1, (1 << 64) - 16])
+def test_a_record_longer_than_its_file_is_damage(tmp_path: pathlib.Path, name: str, length: int) -> None:
+    good, hostile = tfrecord([example(image__encoded=png(1))]), struct.pack("<Q", length)
+    data = good + hostile + masked_crc(hostile) + b"too little"
+    write(tmp_path / name, gzip.compress(data) if name.endswith("gz") else data)
+    first, second = read(tmp_path)
+    assert isinstance(first, Found)
+    assert isinstance(second, Bad)
+    assert (second.path, second.reason) == (name, "damaged_archive")
+    assert "cut off" in second.detail
+
+
+@pytest.mark.parametrize("name", ["x.tfrecord", "x.tfrecord.gz"])
+def test_a_record_too_long_for_an_image_is_passed_over(tmp_path: pathlib.Path, name: str) -> None:
+    data = tfrecord([example(image__encoded=bytes(17 << 20)), example(image__encoded=png(1))])
+    write(tmp_path / name, gzip.compress(data, 1) if name.endswith("gz") else data)
+    first, second = read(tmp_path, IngestConfig(max_pixels=10_000))
+    assert isinstance(first, Bad)
+    assert first.reason == "too_many_bytes"
+    assert isinstance(second, Found)
 
 
 def test_a_file_too_long_for_its_pixels_is_never_read_into_memory(tmp_path: pathlib.Path) -> None:
