@@ -13,6 +13,7 @@ import keras
 import tensorflow as tf
 
 from trainer_module.config import KeyBnConfig, KeyBnMode
+from trainer_module.folded_norm import convolved_and_normalized, widening_convolution
 from trainer_module.replica import entered_replica, mean
 
 Moments = tuple[tf.Tensor, tf.Tensor]
@@ -23,7 +24,7 @@ class FusedBatchNormalization(keras.layers.Layer):
     """Normalises with the local batch's statistics, as one fused op, forward and backward.
 
     Keras's own layer computes mean, variance and the affine map in separate passes; the fused op reads the activations
-    once.
+    once. On a TPU it is folded into a convolution before it that makes many channels, see trainer_module.folded_norm.
     """
 
     def __init__(self, momentum: float = 0.9, epsilon: float = 1e-5, **kwargs: Any) -> None:
@@ -67,6 +68,10 @@ class FusedBatchNormalization(keras.layers.Layer):
 
     def normalize_by_itself(self, x: tf.Tensor) -> tuple[tf.Tensor, Moments]:
         """Normalises with the batch's own statistics and returns them; the variance is the unbiased one."""
+        if convolution := widening_convolution(x):
+            gamma, beta = tf.convert_to_tensor(self.gamma), tf.convert_to_tensor(self.beta)
+            before, kernel = convolution.inputs
+            return convolved_and_normalized(before, kernel, gamma, beta, self.epsilon)
         y, batch_mean, variance = self._fused(x, tf.zeros([0]), tf.zeros([0]), training=True)
         return y, (batch_mean, variance)
 

@@ -254,16 +254,15 @@ def ring_size(config: KeyBnConfig) -> int:
 
 
 def pack_pixels(x: tf.Tensor) -> tf.Tensor:
-    """uint8[n, ...] -> int32[n, P]: four pixels in each, P a quarter of an image's, rounded up; exact.
+    """uint8[n, H, ...] -> int32[n, P]: four pixels in each, P a quarter of an image's with H rounded up; exact.
 
     TPU cores sum no uint8. Rows of zeros stay zeros, so sums with them keep every pixel; and sums that wrap round can
-    be undone. The four come from the four quarters of an image: neighbours would make an innermost axis of four, which
-    a TPU pads to 128.
+    be undone. The four come from four bands of an image, and are packed before it is flattened: neighbours would make
+    an innermost axis of four, which a TPU pads to 128, and flat pixels would be four times the bytes while they are.
     """
-    flat = tf.cast(tf.reshape(x, [x.shape[0], -1]), tf.int32)
-    flat = tf.pad(flat, [[0, 0], [0, -flat.shape[1] % 4]])
-    quarters = [tf.bitwise.left_shift(part, 8 * i) for i, part in enumerate(tf.split(flat, 4, axis=1))]
-    return functools.reduce(tf.bitwise.bitwise_or, quarters)
+    bands = tf.split(tf.pad(x, [[0, 0], [0, -x.shape[1] % 4], *[[0, 0]] * (x.shape.rank - 2)]), 4, axis=1)
+    packed = [tf.bitwise.left_shift(tf.cast(band, tf.int32), 8 * i) for i, band in enumerate(bands)]
+    return tf.reshape(functools.reduce(tf.bitwise.bitwise_or, packed), [x.shape[0], -1])
 
 
 def unpack_pixels(packed: tf.Tensor, shape: tf.TensorShape) -> tf.Tensor:
@@ -271,11 +270,12 @@ def unpack_pixels(packed: tf.Tensor, shape: tf.TensorShape) -> tf.Tensor:
 
     Args:
         packed: int32[n, P].
-        shape: of the pixels, uint8[n, ...].
+        shape: of the pixels, uint8[n, H, ...].
     """
-    quarters = [tf.bitwise.bitwise_and(tf.bitwise.right_shift(packed, 8 * i), 255) for i in range(4)]
-    flat = tf.concat(quarters, 1)[:, : shape[1:].num_elements()]
-    return tf.reshape(tf.cast(flat, tf.uint8), shape)
+    height = shape[1]
+    packed = tf.reshape(packed, [shape[0], -(-height // 4), *shape[2:]])
+    bands = [tf.bitwise.bitwise_and(tf.bitwise.right_shift(packed, 8 * i), 255) for i in range(4)]
+    return tf.concat([tf.cast(band, tf.uint8) for band in bands], 1)[:, :height]
 
 
 def _permutations(seed: tf.Tensor, shape: list[int]) -> tf.Tensor:

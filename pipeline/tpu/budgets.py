@@ -26,20 +26,24 @@ _BATCH, _SIZE, _QUEUE, _DIM = 32, 16, 1024, 128  # images a core
 
 
 def programs() -> dict[str, Request]:
-    """The programs by name: each key-BN mode as it trains on a TPU, in bfloat16, and one in float32."""
-    modes = {mode.name: _program(mode, Precision.bfloat16) for mode in KeyBnMode}
-    return {**modes, "cross_replica_sum float32": _program(KeyBnMode.cross_replica_sum, Precision.float32)}
+    """The programs by name: each key-BN mode as it trains on a TPU, in bfloat16; then float32; a bottleneck."""
+    modes = {mode.name: _program(mode) for mode in KeyBnMode}
+    others = {
+        "cross_replica_sum float32": _program(KeyBnMode.cross_replica_sum, Precision.float32),
+        "all_to_all bottleneck": _program(KeyBnMode.all_to_all, encoder="bottleneck"),
+    }
+    return {**modes, **others}
 
 
-def _program(mode: KeyBnMode, precision: Precision) -> Request:
+def _program(mode: KeyBnMode, precision: Precision = Precision.bfloat16, encoder: str = "two_convolutions") -> Request:
     train = TrainConfig(
         global_batch=_BATCH * TOPOLOGY.cores,
         queue=_QUEUE,
         precision=precision,
         key_bn=KeyBnConfig(mode=mode, groups=4, ring=4),
     )
-    encoder = EncoderConfig(name="pipeline.tpu.small_encoder.two_convolutions", head=Head.v2, dim=_DIM)
-    return Request(encoder, train, _SIZE, TOPOLOGY.cores, TOPOLOGY.hosts, seed=0)
+    network = EncoderConfig(name=f"pipeline.tpu.small_encoder.{encoder}", head=Head.v2, dim=_DIM)
+    return Request(network, train, _SIZE, TOPOLOGY.cores, TOPOLOGY.hosts, seed=0)
 
 
 def measure(compiler: Compiler) -> dict[str, dict[str, Any]]:

@@ -146,7 +146,7 @@ def test_four_pixels_travel_in_an_integer_and_come_back_to_the_bit():
         pixels.flat[0] = 255
         packed = shuffle.pack_pixels(tf.constant(pixels))
         assert packed.dtype == tf.int32
-        assert packed.shape == (shape[0], -(-np.prod(shape[1:]) // 4))
+        assert packed.shape == (shape[0], -(-shape[1] // 4) * np.prod(shape[2:]))
         np.testing.assert_array_equal(shuffle.unpack_pixels(packed, tf.TensorShape(shape)), pixels)
 
 

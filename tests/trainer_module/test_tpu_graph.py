@@ -25,7 +25,7 @@ CORES, BATCH, QUEUE, SIDE, MEAN, STD = 8, 64, 128, 8, (110.0,) * 3, (60.0,) * 3
 # `auto` is another one's program, `none` that of `sync` with less in it. Two of them as a TPU likes it best.
 MODES = [mode for mode in KeyBnMode if mode not in (KeyBnMode.auto, KeyBnMode.none)]
 HALF = (KeyBnMode.all_to_all, KeyBnMode.stored)
-ENCODER = EncoderConfig(name="pipeline.tpu.small_encoder.two_convolutions", head=Head.v1, dim=16)
+ENCODER = EncoderConfig(name="pipeline.tpu.small_encoder.bottleneck", head=Head.v1, dim=16)
 Device = collections.namedtuple("Device", ["name", "device_type"])
 
 # Between the hosts' program and the cores'; a core's program has no other way to them.
@@ -190,6 +190,15 @@ def test_images_move_by_the_mode_s_own_collectives_and_all_else_is_sums_over_all
 
 def test_every_operation_of_the_cores_can_be_compiled(cores_program):
     check_compiled(cores_program)
+
+
+# Of the encoder's five layers two are folded into convolutions that widen; f_q's and f_k's training calls count.
+FUSED = {KeyBnMode.split: 2 * 5 * 2, KeyBnMode.sync: 0, KeyBnMode.ema: 3}
+
+
+def test_normalisations_behind_convolutions_that_widen_are_folded_into_them(mode, cores_program):
+    fused = [n.name for n in cores_program if n.op == "FusedBatchNormV3" and n.attr["is_training"].b]
+    assert len(fused) == FUSED.get(mode, 2 * 3), fused
 
 
 @pytest.mark.parametrize("mode", [KeyBnMode.cross_replica_sum, KeyBnMode.stored], ids=lambda mode: mode.name)

@@ -31,6 +31,7 @@ STEPS, BATCH, SIDE, QUEUE, DIM = 3, 64, 8, 160, 12  # the third batch wraps roun
 GROUPS, RING, SEED = 2, 2, 7
 TOLERANCE = 1e-4
 ENCODER = EncoderConfig(name="pipeline.tpu.small_encoder.two_convolutions", head=Head.v1, dim=DIM)
+BOTTLENECK = dataclasses.replace(ENCODER, name="pipeline.tpu.small_encoder.bottleneck")
 
 
 def train_config(mode, replicas):
@@ -46,15 +47,15 @@ def train_config(mode, replicas):
 
 
 @functools.cache
-def built(mode):
+def built(mode, encoder=ENCODER):
     train = train_config(mode, 1)
-    return build(ENCODER, train, SIDE, MEAN, STD, learning_rate(train, STEPS_PER_EPOCH), SEED).moco
+    return build(encoder, train, SIDE, MEAN, STD, learning_rate(train, STEPS_PER_EPOCH), SEED).moco
 
 
-def start(mode):
+def start(mode, encoder=ENCODER):
     """A state with every tensor far from its default: {"query/0": …}."""
     rng = np.random.default_rng(11)
-    begin = first_state(built(mode), train_config(mode, 1))
+    begin = first_state(built(mode, encoder), train_config(mode, 1))
 
     def drawn(field, value):
         if field.endswith("stats") or field == "ring":
@@ -67,9 +68,9 @@ def start(mode):
     return {name: leaves[name].astype(value.dtype.as_numpy_dtype) for name, value in named(begin).items()}
 
 
-def state_of(mode, leaves):
+def state_of(mode, leaves, encoder=ENCODER):
     """The leaves as a State of trainer_module.moco."""
-    return tf.nest.pack_sequence_as(first_state(built(mode), train_config(mode, 1)), list(leaves.values()))
+    return tf.nest.pack_sequence_as(first_state(built(mode, encoder), train_config(mode, 1)), list(leaves.values()))
 
 
 @pytest.fixture(scope="module")
@@ -88,19 +89,19 @@ def fed(mode, views):
 
 @pytest.fixture(scope="module")
 def lowered_steps(lowering_worker, executing_worker, views, tmp_path_factory):
-    """(mode, replicas, fault) -> the results of each step, and the names of those that differ between the cores.
+    """(mode, replicas, fault, encoder) -> the results of each step, and the names of what differs between the cores.
 
     As a future: the other sides compute in this process meanwhile.
     """
     folder = tmp_path_factory.mktemp("lowered")
 
-    def run(mode, replicas, fault):
-        request = Request(ENCODER, train_config(mode, replicas), SIDE, replicas, 1, SEED)
+    def run(mode, replicas, fault, encoder):
+        request = Request(encoder, train_config(mode, replicas), SIDE, replicas, 1, SEED)
         files = {name: str(folder / file) for name, file in (("hlo", "step.hlo"), ("state", "state.npz"))}
         question = {"request": config_json.dumps(request), "to": files["hlo"], "fault": fault}
         manifest = lowering_worker.ask(json.dumps(question))
         x_q, x_k = (np.stack(side) for side in zip(*fed(mode, views).as_numpy_iterator(), strict=True))
-        np.savez(files["state"], **start(mode))
+        np.savez(files["state"], **start(mode, encoder))
         np.savez(folder / "views.npz", x_q=x_q, x_k=x_k)
         question = {**files, "manifest": manifest, "views": str(folder / "views.npz"), "to": str(folder / "out.npz")}
         differ = executing_worker.ask(json.dumps(question))["differ"]
@@ -112,13 +113,19 @@ def lowered_steps(lowering_worker, executing_worker, views, tmp_path_factory):
         return results, differ
 
     with ThreadPoolExecutor(1) as pool:
-        yield functools.cache(lambda mode, replicas, fault=None: pool.submit(run, mode, replicas, fault))
+
+        @functools.cache
+        def submitted(mode, replicas, fault=None, encoder=ENCODER):
+            return pool.submit(run, mode, replicas, fault, encoder)
+
+        yield submitted
 
 
-def driver_steps(mode, replicas, views):
+def driver_steps(mode, replicas, views, encoder=ENCODER):
     """The trainer's own driver, under MirroredStrategy."""
     strategy = make_strategy(replicas)
-    driver = Driver(built(mode), train_config(mode, replicas), strategy, state_of(mode, start(mode)))
+    begin = state_of(mode, start(mode, encoder), encoder)
+    driver = Driver(built(mode, encoder), train_config(mode, replicas), strategy, begin)
     batches, step = iter(strategy.experimental_distribute_dataset(fed(mode, views))), driver.compiled_step()
     results = []
     for _ in views:
@@ -287,6 +294,15 @@ def test_the_lowered_step_is_the_trainer_s_tensor_by_tensor(mode, replicas, view
     results, _ = pending.result()
     assert results[0].keys() == trained[0].keys()
     assert_equal(results, trained)
+
+
+@pytest.mark.parametrize("mode", [KeyBnMode.all_to_all, KeyBnMode.stored], ids=lambda mode: mode.name)
+def test_where_normalisations_are_folded_into_convolutions_it_is_the_trainer_s_too(mode, views, lowered_steps):
+    pending = lowered_steps(mode, 2, encoder=BOTTLENECK)
+    trained = driver_steps(mode, 2, views, BOTTLENECK)
+    results, differ = pending.result()
+    assert_equal(results, trained)
+    assert not differ, "the cores' states part"
 
 
 # `auto` is another mode's program; once is enough to see that it is one.
