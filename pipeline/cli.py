@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from pipeline import bench
+from trainer_module import lines
 from trainer_module.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -138,7 +139,7 @@ def _check_command(arguments: Sequence[str]) -> None:
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = _Parser(prog="moco", description=_DESCRIPTION, epilog=_SEE)
+    parser = _Parser(prog="moco", description=_DESCRIPTION, epilog=f"{_SEE} This is {lines.summary()}.")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, (add, summary) in _COMMANDS.items():
         command = commands.add_parser(

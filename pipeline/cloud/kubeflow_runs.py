@@ -273,5 +273,5 @@ def _state(state: str | None) -> State:
     return _STATES.get(state or "", State.waiting)
 
 
-def _message(error: api.GooglerpcStatus | None) -> str:
+def _message(error: Any) -> str:
     return one_line(error.message or "", _LONGEST) if error else ""

@@ -1,0 +1,102 @@
+"""The two lines of TFX that this project runs on, and all that differs between them.
+
+TFX 1.16 goes with Python 3.10, TFX 1.21 with later ones: the markers in requirements.txt say so, and so the Python
+tells which line this is. Each part needs another library, so it is imported where it is asked for.
+"""
+
+import importlib
+import os
+import sys
+from importlib import abc, machinery, metadata, util
+from typing import Any
+
+NEWER = sys.version_info >= (3, 11)
+NAME = "1.21" if NEWER else "1.16"
+
+
+def summary() -> str:
+    """Names the line that runs here, for people."""
+    python = ".".join(map(str, sys.version_info[:2]))
+    return f"TFX {metadata.version('tfx')}, TensorFlow {metadata.version('tensorflow')}, Python {python}"
+
+
+def lifted_combine_per_key() -> Any:
+    """Beam's transform that combines each bundle before it is grouped; Beam 2.74 keeps it elsewhere than 2.65."""
+    place = "transforms.combiners" if NEWER else "runners.direct.helper_transforms"
+    return importlib.import_module(f"apache_beam.{place}").LiftedCombinePerKey
+
+
+def model_service() -> Any:
+    """The descriptor of TensorFlow Serving's ModelService.
+
+    tfx-bsl 1.21 wants tensorflow-serving-api 2.19, whose module of it was generated for protobuf 3 and stops in the
+    middle under protobuf 6. Its messages are in modules of their own, which are well; the service is put together here.
+    """
+    if not NEWER:
+        from tensorflow_serving.apis import model_service_pb2
+
+        return model_service_pb2.DESCRIPTOR.services_by_name["ModelService"]
+    from google.protobuf import descriptor_pb2, descriptor_pool
+    from tensorflow_serving.apis import get_model_status_pb2, model_management_pb2
+
+    parts = (get_model_status_pb2.DESCRIPTOR, model_management_pb2.DESCRIPTOR)
+    package = parts[0].package
+    file = descriptor_pb2.FileDescriptorProto(
+        name="tensorflow_serving/apis/model_service.proto",
+        package=package,
+        syntax="proto3",
+        dependency=[part.name for part in parts],
+    )
+    service = file.service.add(name="ModelService")
+    for method, message in (("GetModelStatus", "GetModelStatus"), ("HandleReloadConfigRequest", "ReloadConfig")):
+        name = f".{package}.{message}"
+        service.method.add(name=method, input_type=f"{name}Request", output_type=f"{name}Response")
+    pool = descriptor_pool.Default()
+    pool.Add(file)
+    return pool.FindServiceByName(f"{package}.{service.name}")
+
+
+def where_tpus_are() -> str:
+    """What a person must hear who looks for a TPU here: no build of TensorFlow for TPUs fits TFX 1.21."""
+    return f", which goes with TFX 1.16 on Python 3.10; this is TFX {NAME}" if NEWER else ""
+
+
+def hush_import_of_tensorflow() -> None:
+    """Keeps TensorFlow's import from writing to standard error.
+
+    TensorFlow 2.16 obeys TF_CPP_MIN_LOG_LEVEL from its first word on, 2.21 only once its import is over.
+    """
+    if NEWER and "tensorflow" not in sys.modules:
+        sys.meta_path.insert(0, _HushedImport())
+
+
+class _HushedImport(abc.MetaPathFinder, abc.Loader):
+    """Finds TensorFlow once, and has its import done with standard error closed to native code."""
+
+    def find_spec(self, name: str, path: Any, target: Any = None) -> machinery.ModuleSpec | None:
+        """See the base class."""
+        del path, target
+        if name != "tensorflow":
+            return None
+        sys.meta_path.remove(self)
+        spec = util.find_spec(name)
+        if spec is not None and spec.loader is not None:
+            self._loader, spec.loader = spec.loader, self
+        return spec
+
+    def create_module(self, spec: machinery.ModuleSpec) -> Any:
+        """See the base class."""
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module: Any) -> None:
+        """See the base class."""
+        module.__spec__.loader = module.__loader__ = self._loader
+        sys.stderr.flush()
+        terminal = os.dup(2)
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        try:
+            self._loader.exec_module(module)
+        finally:
+            os.dup2(terminal, 2)
+            os.close(terminal)
