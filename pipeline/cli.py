@@ -222,9 +222,11 @@ DIR/result.json holds the outcome."""
 def _add_test(parser: argparse.ArgumentParser) -> None:
     parser.description = "Runs the project's tests with pytest, and says first what each group covers."
     parser.epilog = """\
-Everything after 'test' goes to pytest.
+Everything after 'test' goes to pytest, but for '--line 1.16' or '--line 1.21' directly after it, which chooses the
+line of TFX: 1.16 wants Python 3.10, and 1.21 a Python 3.11, 3.12 or 3.13 with glibc 2.39 or newer.
 examples:
   ./moco test
+  ./moco test --line 1.21
   ./moco test tests/pipeline -x
   ./moco test -k config"""
     parser.add_argument("arguments", nargs="*", metavar="PYTEST_ARGUMENT", help="handed to pytest as they are")
@@ -603,7 +605,7 @@ def _add_tpu_report(parser: argparse.ArgumentParser) -> None:
 Compiles the very step that the trainer runs with the real TPU compiler, for slices of chips that need not be there, and
 says whether it compiles and fits, what it exchanges between the cores, and what bounds its speed. The first time makes
 two environments beside .venv, a minute or two each; a ResNet-50 compiles in about two minutes on two cores. Results are
-kept in .cache/tpu-report."""
+kept in .cache/tpu-report. It lowers with the TensorFlow of TFX 1.16, whichever line runs."""
     parser.epilog = """\
 examples:
   ./moco tpu-report
@@ -935,6 +937,8 @@ def _test_processes() -> int:
 
 
 def _test(arguments: Sequence[str]) -> int:
+    if "--line" in arguments:
+        raise UserError("--line comes directly after test, with a line of TFX; e.g. ./moco test --line 1.21")
     for text in test_groups(ROOT / "tests"):
         print(text)
     sys.stdout.flush()

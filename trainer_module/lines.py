@@ -12,6 +12,8 @@ from typing import Any
 
 NEWER = sys.version_info >= (3, 11)
 NAME = "1.21" if NEWER else "1.16"
+# Of TensorFlow Serving, for models of this line's TensorFlow.
+SERVING_IMAGE = "tensorflow/serving:2.21.0" if NEWER else "tensorflow/serving:2.16.1"
 
 
 def summary() -> str:

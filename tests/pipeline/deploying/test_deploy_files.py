@@ -21,6 +21,7 @@ from pipeline.cloud.vertex import Connection
 from pipeline.deploying import docker, kserve, tf_serving, vertex
 from pipeline.deploying.config import FilesConfig, VertexConfig
 from pipeline.deploying.located import Located, locate
+from trainer_module import lines
 from trainer_module.errors import UserError
 
 # Of tensorflow_model_server 2, read in its tensorflow_serving/model_servers/main.cc.
@@ -134,7 +135,7 @@ def test_the_command_starts_a_server_that_finds_the_model_and_its_files(pushed, 
     assert arguments[:2] == ["run", "--rm"]
     assert "127.0.0.1:8501:8501" in arguments
     assert mounts(arguments) == {"/config": str(out), "/models/encoder": str(pushed)}
-    image = arguments.index("tensorflow/serving:2.16.1")
+    image = arguments.index(lines.SERVING_IMAGE)
     assert arguments[image + 1 :] == tf_serving.flags("/config")
     for flag in ("--model_config_file", "--batching_parameters_file"):
         path = next(word.partition("=")[2] for word in arguments if word.startswith(flag))
