@@ -28,34 +28,24 @@ def lifted_combine_per_key() -> Any:
     return importlib.import_module(f"apache_beam.{place}").LiftedCombinePerKey
 
 
-def model_service() -> Any:
-    """The descriptor of TensorFlow Serving's ModelService.
+def serving_service(module: str, name: str) -> Any:
+    """The descriptor of a service of TensorFlow Serving, which reflection then knows, too.
 
-    tfx-bsl 1.21 wants tensorflow-serving-api 2.19, whose module of it was generated for protobuf 3 and stops in the
-    middle under protobuf 6. Its messages are in modules of their own, which are well; the service is put together here.
+    tfx-bsl 1.21 wants tensorflow-serving-api 2.19, whose modules of services were generated for protobuf 3. Under
+    protobuf 6 their import stops once the pool has the description, where they would mark it as having options.
+
+    Args:
+        module: of tensorflow_serving.apis, such as "model_service_pb2".
+        name: such as "ModelService".
     """
-    if not NEWER:
-        from tensorflow_serving.apis import model_service_pb2
+    from google.protobuf import descriptor_pool
 
-        return model_service_pb2.DESCRIPTOR.services_by_name["ModelService"]
-    from google.protobuf import descriptor_pb2, descriptor_pool
-    from tensorflow_serving.apis import get_model_status_pb2, model_management_pb2
-
-    parts = (get_model_status_pb2.DESCRIPTOR, model_management_pb2.DESCRIPTOR)
-    package = parts[0].package
-    file = descriptor_pb2.FileDescriptorProto(
-        name="tensorflow_serving/apis/model_service.proto",
-        package=package,
-        syntax="proto3",
-        dependency=[part.name for part in parts],
-    )
-    service = file.service.add(name="ModelService")
-    for method, message in (("GetModelStatus", "GetModelStatus"), ("HandleReloadConfigRequest", "ReloadConfig")):
-        name = f".{package}.{message}"
-        service.method.add(name=method, input_type=f"{name}Request", output_type=f"{name}Response")
-    pool = descriptor_pool.Default()
-    pool.Add(file)
-    return pool.FindServiceByName(f"{package}.{service.name}")
+    try:
+        importlib.import_module(f"tensorflow_serving.apis.{module}")
+    except AttributeError:
+        if not NEWER:
+            raise
+    return descriptor_pool.Default().FindServiceByName(f"tensorflow.serving.{name}")
 
 
 def where_tpus_are() -> str:

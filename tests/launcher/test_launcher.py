@@ -414,7 +414,7 @@ def test_where_glibc_is_too_old_for_the_newer_line_one_line_says_what_was_found_
     assert "no usable Python 3.0 (found: " in line
     assert f"{platform.python_version()}-with-{libc} at {REAL_PYTHON}" in line
     assert "uv python install 3.0" in line
-    assert f"A Python 3.99 or {VERSION} serves, with TFX 1.21, where glibc is 2.999 or newer" in line
+    assert f"A Python 3.99 or {VERSION} with venv serves, with TFX 1.21, where glibc is 2.999 or newer" in line
 
 
 def test_with_pythons_for_both_lines_the_default_is_taken(newer: Checkout, other_python: str) -> None:

@@ -26,13 +26,22 @@ def test_the_summary_names_the_line():
     assert "Python {}.{}".format(*sys.version_info) in lines.summary()
 
 
-def test_the_service_of_model_states_has_its_methods_and_messages():
-    service = lines.model_service()
-    assert service.full_name == "tensorflow.serving.ModelService"
-    assert {method.name: (method.input_type.name, method.output_type.name) for method in service.methods} == {
-        "GetModelStatus": ("GetModelStatusRequest", "GetModelStatusResponse"),
-        "HandleReloadConfigRequest": ("ReloadConfigRequest", "ReloadConfigResponse"),
-    }
+@pytest.mark.parametrize(
+    ("module", "name", "methods"),
+    [
+        ("model_service_pb2", "ModelService", {"GetModelStatus", "HandleReloadConfigRequest"}),
+        (
+            "prediction_service_pb2",
+            "PredictionService",
+            {"Classify", "GetModelMetadata", "MultiInference", "Predict", "Regress"},
+        ),
+    ],
+)
+def test_a_service_of_tensorflow_serving_has_its_methods_and_messages(module, name, methods):
+    service = lines.serving_service(module, name)
+    assert service.full_name == f"tensorflow.serving.{name}"
+    assert {method.name for method in service.methods} == methods
+    assert all(method.input_type.full_name.startswith("tensorflow.serving.") for method in service.methods)
 
 
 @pytest.mark.parametrize("newer", [True, False])
