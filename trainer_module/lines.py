@@ -48,6 +48,14 @@ def serving_service(module: str, name: str) -> Any:
     return descriptor_pool.Default().FindServiceByName(f"tensorflow.serving.{name}")
 
 
+def kubeflow_client(client: Any) -> Any:
+    """Lets kfp's client be asked by the names of kfp 2.5: 2.16 has runs.run_service_create_run for runs.create_run."""
+    for service in (client.runs, client.recurring_runs, client.experiments):
+        for name in [one for one in dir(service) if "_service_" in one]:
+            setattr(service, name.partition("_service_")[2], getattr(service, name))
+    return client
+
+
 def where_tpus_are() -> str:
     """What a person must hear who looks for a TPU here: no build of TensorFlow for TPUs fits TFX 1.21."""
     return f", which goes with TFX 1.16 on Python 3.10; this is TFX {NAME}" if NEWER else ""
