@@ -48,6 +48,14 @@ def serving_service(module: str, name: str) -> Any:
     return descriptor_pool.Default().FindServiceByName(f"tensorflow.serving.{name}")
 
 
+def message_to_json(message: Any) -> str:
+    """A protobuf message as JSON with all its fields, empty ones too; protobuf 6 has renamed what asks for these."""
+    from google.protobuf import json_format
+
+    all_fields = "always_print_fields_with_no_presence" if NEWER else "including_default_value_fields"
+    return json_format.MessageToJson(message, preserving_proto_field_name=True, **{all_fields: True})
+
+
 def kubeflow_client(client: Any) -> Any:
     """Lets kfp's client be asked by the names of kfp 2.5: 2.16 has runs.run_service_create_run for runs.create_run."""
     for service in (client.runs, client.recurring_runs, client.experiments):
