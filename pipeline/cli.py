@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from pipeline import bench
+from trainer_module import lines
 from trainer_module.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -138,7 +139,7 @@ def _check_command(arguments: Sequence[str]) -> None:
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = _Parser(prog="moco", description=_DESCRIPTION, epilog=_SEE)
+    parser = _Parser(prog="moco", description=_DESCRIPTION, epilog=f"{_SEE} This is {lines.summary()}.")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, (add, summary) in _COMMANDS.items():
         command = commands.add_parser(
@@ -227,9 +228,11 @@ DIR/result.json holds the outcome."""
 def _add_test(parser: argparse.ArgumentParser) -> None:
     parser.description = "Runs the project's tests with pytest, and says first what each group covers."
     parser.epilog = """\
-Everything after 'test' goes to pytest.
+Everything after 'test' goes to pytest, but for '--line 1.16' or '--line 1.21' directly after it, which chooses the
+line of TFX: 1.16 wants Python 3.10, and 1.21 a Python 3.11, 3.12 or 3.13 with glibc 2.39 or newer.
 examples:
   ./moco test
+  ./moco test --line 1.21
   ./moco test tests/pipeline -x
   ./moco test -k config"""
     parser.add_argument("arguments", nargs="*", metavar="PYTEST_ARGUMENT", help="handed to pytest as they are")
@@ -630,7 +633,7 @@ def _add_tpu_report(parser: argparse.ArgumentParser) -> None:
 Compiles the very step that the trainer runs with the real TPU compiler, for slices of chips that need not be there, and
 says whether it compiles and fits, what it exchanges between the cores, and what bounds its speed. The first time makes
 two environments beside .venv, a minute or two each; a ResNet-50 compiles in about two minutes on two cores. Results are
-kept in .cache/tpu-report."""
+kept in .cache/tpu-report. It lowers with the TensorFlow of TFX 1.16, whichever line runs."""
     parser.epilog = """\
 examples:
   ./moco tpu-report
@@ -962,6 +965,8 @@ def _test_processes() -> int:
 
 
 def _test(arguments: Sequence[str]) -> int:
+    if "--line" in arguments:
+        raise UserError("--line comes directly after test, with a line of TFX; e.g. ./moco test --line 1.21")
     for text in test_groups(ROOT / "tests"):
         print(text)
     sys.stdout.flush()

@@ -15,6 +15,7 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
+from trainer_module import lines
 from trainer_module.progress import LOGGER_NAME, Progress
 
 _QUIET = {
@@ -54,6 +55,7 @@ def quiet(verbose: bool) -> None:
         os.environ["TF_CPP_MIN_LOG_LEVEL"] = "0"
         return
     os.environ.update(_QUIET)
+    lines.hush_import_of_tensorflow()
     warnings.simplefilter("ignore")
     # A root handler that prints nothing keeps the libraries from installing one that does (TensorFlow and absl look
     # for one), and keeps Python's handler of last resort out.

@@ -9,6 +9,8 @@ import hashlib
 from pathlib import Path
 from typing import NamedTuple
 
+from trainer_module import lines
+
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("pipeline", "components", "trainer_module")
 
@@ -25,6 +27,7 @@ def of(*modules: str) -> str:
         16 hexadecimal digits.
     """
     digest = hashlib.sha256((ROOT / "requirements.txt").read_bytes())
+    digest.update(lines.NAME.encode())  # of what is listed, other packages are installed
     for path in sorted(_closure(modules)):
         digest.update(path.relative_to(ROOT).as_posix().encode())
         digest.update(_read(path.read_bytes()).code)

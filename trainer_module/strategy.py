@@ -10,7 +10,7 @@ import tensorflow as tf
 from tensorflow.core.protobuf import config_pb2, rewriter_config_pb2
 from tensorflow.python.eager import context  # the only way to what adding_in_order sets
 
-from trainer_module import progress
+from trainer_module import lines, progress
 from trainer_module.config import (
     KeyBnMode,
     Precision,
@@ -238,7 +238,7 @@ def _why(error: Exception, tpu: TpuConfig) -> str:
         return error.strerror or str(error)
     said = (str(error).splitlines() or [type(error).__name__])[0]
     if "OpKernel" in said or "not registered" in said:
-        return "this TensorFlow is not its build for TPUs, tensorflow-tpu"
+        return f"this TensorFlow is not its build for TPUs, tensorflow-tpu{lines.where_tpus_are()}"
     return textwrap.shorten(said, 200, placeholder=" …")
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import tensorflow_model_analysis as tfma
 from google.protobuf import wrappers_pb2
 from numpy.typing import NDArray
-from tensorflow_model_analysis.proto import metrics_for_slice_pb2
+from tensorflow_model_analysis.proto import config_pb2, metrics_for_slice_pb2
 
 from components.evaluator.config import EvaluateConfig
 from components.evaluator.metrics import CLASSES_KEY, CONFUSION_KEY, NOTES_KEY, RULES_KEY, EmbeddingQuality
@@ -21,7 +21,7 @@ from trainer_module import config_json
 SIGNATURE = "evaluate"
 
 
-def make_eval_config(config: EvaluateConfig, code: str) -> tfma.EvalConfig:
+def make_eval_config(config: EvaluateConfig, code: str) -> config_pb2.EvalConfig:
     """Returns the EvalConfig of the Evaluator component.
 
     A model is blessed when none of the rules is broken, see components.evaluator.rules. The comparison with the last
@@ -31,24 +31,27 @@ def make_eval_config(config: EvaluateConfig, code: str) -> tfma.EvalConfig:
         config: what is measured and asked.
         code: fingerprint of the sources used here. It changes nothing but the cache key of the component.
     """
-    passed = tfma.MetricThreshold(
-        value_threshold=tfma.GenericValueThreshold(lower_bound=wrappers_pb2.DoubleValue(value=1.0))
+    passed = config_pb2.MetricThreshold(
+        value_threshold=config_pb2.GenericValueThreshold(lower_bound=wrappers_pb2.DoubleValue(value=1.0))
     )
     # Said of the overall slice: without a slice TFMA would ask it of each.
-    overall = tfma.PerSliceMetricThreshold(slicing_specs=[tfma.SlicingSpec()], threshold=passed)
-    metric = tfma.MetricConfig(
+    overall = config_pb2.PerSliceMetricThreshold(slicing_specs=[config_pb2.SlicingSpec()], threshold=passed)
+    metric = config_pb2.MetricConfig(
         module=EmbeddingQuality.__module__,
         class_name=EmbeddingQuality.__name__,
         config=json.dumps({"config": config_json.dumps(config), "code": code}, sort_keys=True),
     )
-    spec = tfma.MetricsSpec(
-        metrics=[metric], per_slice_thresholds={PASSED: tfma.PerSliceMetricThresholds(thresholds=[overall])}
+    spec = config_pb2.MetricsSpec(
+        metrics=[metric], per_slice_thresholds={PASSED: config_pb2.PerSliceMetricThresholds(thresholds=[overall])}
     )
-    return tfma.EvalConfig(
-        model_specs=[tfma.ModelSpec(model_type=tfma.TF_GENERIC, signature_name=SIGNATURE)],
+    return config_pb2.EvalConfig(
+        model_specs=[config_pb2.ModelSpec(model_type=tfma.TF_GENERIC, signature_name=SIGNATURE)],
         metrics_specs=[spec],
-        slicing_specs=[tfma.SlicingSpec(), *(tfma.SlicingSpec(feature_keys=[column]) for column in config.slices)],
-        options=tfma.Options(include_default_metrics=wrappers_pb2.BoolValue(value=False)),
+        slicing_specs=[
+            config_pb2.SlicingSpec(),
+            *(config_pb2.SlicingSpec(feature_keys=[column]) for column in config.slices),
+        ],
+        options=config_pb2.Options(include_default_metrics=wrappers_pb2.BoolValue(value=False)),
     )
 
 

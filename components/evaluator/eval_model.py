@@ -7,6 +7,7 @@ import os
 from typing import Any
 
 import tensorflow_model_analysis as tfma
+from tensorflow_model_analysis.proto import config_pb2
 from tfx.dsl.io import fileio
 from tfx.utils import path_utils
 
@@ -19,7 +20,7 @@ MODULE_PATH = __name__
 
 
 def custom_eval_shared_model(
-    eval_saved_model_path: str, model_name: str, eval_config: tfma.EvalConfig, **_: Any
+    eval_saved_model_path: str, model_name: str, eval_config: config_pb2.EvalConfig, **_: Any
 ) -> tfma.types.EvalSharedModel:
     """Returns the evaluation export of a model for TFMA.
 
@@ -42,7 +43,7 @@ def custom_eval_shared_model(
 
 
 def custom_extractors(
-    eval_shared_model: Any, eval_config: tfma.EvalConfig, tensor_adapter_config: Any
+    eval_shared_model: Any, eval_config: config_pb2.EvalConfig, tensor_adapter_config: Any
 ) -> list[tfma.extractors.Extractor]:
     """Returns TFMA's default extractors with ours before the one that makes slices, so that it sees eval images alone.
 

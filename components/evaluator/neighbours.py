@@ -254,7 +254,7 @@ def _join_block(number: int, parts: Iterable[Rows]) -> tuple[int, Rows]:
     rows = rows.take(np.argsort(rows.keys, kind="stable"))
     twice = np.flatnonzero(rows.keys[1:] == rows.keys[:-1])
     if len(twice):
-        raise ValueError(f"{len(twice)} queries have the key of another one, such as {rows.keys[twice[0]]!r}")
+        raise ValueError(f"{len(twice)} queries have the key of another one, such as {bytes(rows.keys[twice[0]])!r}")
     return number, rows
 
 

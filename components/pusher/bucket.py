@@ -33,12 +33,13 @@ from google.api_core.exceptions import (
     ServerError,
     TooManyRequests,
     Unauthorized,
+    from_http_status,
 )
 from google.api_core.retry import Retry, if_exception_type
 from google.auth.exceptions import GoogleAuthError
 from google.cloud.storage import Blob, Client, transfer_manager
 from google.cloud.storage.retry import DEFAULT_RETRY
-from google.resumable_media import DataCorruption
+from google.resumable_media import DataCorruption, InvalidResponse
 from requests.exceptions import RequestException
 
 from components.pusher import pointer
@@ -569,6 +570,8 @@ def _wait(attempt: int) -> None:
 def _words(error: BaseException) -> str:
     """What happened, in one line without the request's address."""
     cause = getattr(error, "cause", None) or error
+    if isinstance(cause, InvalidResponse):  # of an upload, by google-cloud-storage 3
+        cause = from_http_status(cause.response.status_code, cause.response.text)
     if not isinstance(cause, GoogleAPICallError):
         return type(cause).__name__
     # Uploads put the whole answer, which is JSON, in place of its message.

@@ -19,6 +19,7 @@ from pipeline.cloud.config import CloudConfig, KubeflowConfig
 from pipeline.cloud.submission import Submission, plain, run_name, typed
 from pipeline.cloud.watching import Look, Stage, State, follow
 from pipeline.cloud.wording import one_line
+from trainer_module import lines
 from trainer_module.errors import UserError
 
 Say = Callable[[str], None]
@@ -118,7 +119,7 @@ def submit(job: Mapping[str, Any], asked: Submission, server: Server, say: Say) 
         UserError: the server refuses, or does not answer.
     """
     with _errors_told(server, "run"), _client(server) as client:
-        made = client.runs.create_run(body=request(job, asked, _experiment(client, server)))
+        made = client.runs.create_run(request(job, asked, _experiment(client, server)))
     say(f"run {made.run_id} ({made.display_name}) at {server.config.host}")
     say(f"  {server.config.host.rstrip('/')}/#/runs/details/{made.run_id}")
     return made.run_id
@@ -128,7 +129,7 @@ def schedule(job: Mapping[str, Any], asked: Submission, server: Server, say: Say
     """Begins a schedule, see `submit`."""
     with _errors_told(server, "schedule"), _client(server) as client:
         body = request(job, asked, _experiment(client, server))
-        made = client.recurring_runs.create_recurring_run(body=body)
+        made = client.recurring_runs.create_recurring_run(body)
     say(f"schedule {made.display_name}: {asked.cron}; ends with --cancel schedules/{made.recurring_run_id}")
 
 
@@ -183,7 +184,7 @@ def _client(server: Server) -> Iterator[Any]:
             raise UserError(f"cloud.kubeflow.token_file={path}: {error.strerror}; name a file with a token") from error
     logging.getLogger("urllib3").setLevel(logging.ERROR)
     namespace = {"namespace": server.config.namespace} if server.config.namespace else {}
-    yield kfp.Client(host=server.config.host, existing_token=token, **namespace)
+    yield lines.kubeflow_client(kfp.Client(host=server.config.host, existing_token=token, **namespace))
 
 
 @contextlib.contextmanager
@@ -226,7 +227,7 @@ def _experiment(client: Any, server: Server) -> str:
         there = client.get_experiment(experiment_name=server.config.experiment, namespace=namespace)
     except ValueError:  # kfp's word for none
         body = api.V2beta1Experiment(display_name=server.config.experiment, namespace=namespace)
-        there = client.experiments.create_experiment(body=body)
+        there = client.experiments.create_experiment(body)
     return there.experiment_id
 
 
@@ -273,5 +274,5 @@ def _state(state: str | None) -> State:
     return _STATES.get(state or "", State.waiting)
 
 
-def _message(error: api.GooglerpcStatus | None) -> str:
+def _message(error: Any) -> str:
     return one_line(error.message or "", _LONGEST) if error else ""

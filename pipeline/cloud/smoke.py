@@ -107,10 +107,10 @@ def _compiled() -> Mapping[str, Any]:
 
 
 def _check_packages(image: Image) -> None:
-    wanted = _pins(ROOT / "requirements.txt")
+    wanted = pins(ROOT / "requirements.txt")
     if image is Image.tpu:
         del wanted[_CPU_PACKAGE]
-        wanted[_TPU_PACKAGE] = _pins(ROOT / "pipeline" / "tpu" / "requirements-lower.txt")[_TPU_PACKAGE]
+        wanted[_TPU_PACKAGE] = pins(ROOT / "pipeline" / "tpu" / "requirements-lower.txt")[_TPU_PACKAGE]
     # Of the same name, the first on the path: setuptools puts copies of its own packages at the end of it.
     there = reversed([*importlib.metadata.distributions()])
     found = {canonicalize_name(one.name): one.version for one in there}
@@ -119,11 +119,16 @@ def _check_packages(image: Image) -> None:
         raise RuntimeError(", ".join(wrong))
 
 
-def _pins(path: Path) -> dict[NormalizedName, str]:
-    """Version of each package of a list that uv compiled, where its marker holds here."""
+def pins(path: Path, **elsewhere: str) -> dict[NormalizedName, str]:
+    """Version of each package of a list that uv compiled, where its marker holds.
+
+    Args:
+        path: of the list.
+        **elsewhere: what a marker asks for, such as python_full_version, where that is not this Python's.
+    """
     lines = (line.removesuffix("\\") for line in path.read_text(encoding="utf-8").splitlines())
     all_of_them = [Requirement(line.strip()) for line in lines if line[:1].isalnum()]
-    here = [one for one in all_of_them if one.marker is None or one.marker.evaluate()]
+    here = [one for one in all_of_them if one.marker is None or one.marker.evaluate(elsewhere)]
     return {canonicalize_name(one.name): str(one.specifier).removeprefix("==") for one in here}
 
 

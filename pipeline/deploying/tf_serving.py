@@ -8,14 +8,14 @@ import math
 
 from pipeline.deploying.config import FilesConfig
 from pipeline.deploying.located import Located
+from trainer_module import lines
 
 BATCHING, MODELS = "batching_parameters.txt", "models.config"
-_IMAGE = "tensorflow/serving:2.16.1"  # of the TensorFlow whose models they are
 
 
 def image(config: FilesConfig) -> str:
     """The container's."""
-    return config.image or _IMAGE
+    return config.image or lines.SERVING_IMAGE
 
 
 def flags(folder: str) -> list[str]:
@@ -36,14 +36,14 @@ def flags(folder: str) -> list[str]:
 def batching(config: FilesConfig) -> str:
     """How requests become batches. Sizes are few, since the first batch of each size is slow."""
     sizes = [2**power for power in range(math.ceil(math.log2(config.max_batch)))] + [config.max_batch]
-    lines = [
+    text = [
         f"max_batch_size {{ value: {config.max_batch} }}",
         f"batch_timeout_micros {{ value: {round(1000 * config.max_wait_ms)} }}",
         f"max_enqueued_batches {{ value: {math.ceil(config.max_queue / config.max_batch)} }}",
         f"num_batch_threads {{ value: {config.threads} }}",
         *(f"allowed_batch_sizes: {size}" for size in sizes),
     ]
-    return "\n".join(lines) + "\n"
+    return "\n".join(text) + "\n"
 
 
 def models(config: FilesConfig, model: Located, base_path: str, followed: bool) -> str:

@@ -25,7 +25,6 @@ from apache_beam.options.pipeline_options import PipelineOptions, SetupOptions, 
 from apache_beam.pipeline import AppliedPTransform, PipelineVisitor, PTransformOverride
 from apache_beam.runners.common import DoFnSignature
 from apache_beam.runners.dask.dask_runner import DaskOptions
-from apache_beam.runners.direct.helper_transforms import LiftedCombinePerKey
 from apache_beam.runners.pipeline_utils import group_by_key_input_visitor
 from apache_beam.runners.runner import PipelineResult, PipelineRunner, PipelineState
 from apache_beam.transforms.core import CombinePerKey, Impulse
@@ -33,6 +32,7 @@ from apache_beam.transforms.window import GlobalWindows
 from dask.delayed import Delayed
 
 from pipeline.engines import dask_steps
+from trainer_module import lines
 from trainer_module.errors import UserError
 
 _PARTITIONS_A_WORKER = 4  # so that the last to end does not keep the others waiting for long
@@ -168,7 +168,7 @@ class _Lift(PTransformOverride):
 
     def get_replacement_transform_for_applied_ptransform(self, applied: AppliedPTransform) -> beam.PTransform:
         transform: Any = applied.transform
-        return LiftedCombinePerKey(transform.fn, transform.args, transform.kwargs)
+        return lines.lifted_combine_per_key()(transform.fn, transform.args, transform.kwargs)
 
 
 class _Graph(PipelineVisitor):

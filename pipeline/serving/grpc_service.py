@@ -13,22 +13,17 @@ from google.protobuf.message import DecodeError, Message
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from tensorflow.core.framework import tensor_pb2
-from tensorflow_serving.apis import (
-    get_model_metadata_pb2,
-    get_model_status_pb2,
-    model_service_pb2,
-    predict_pb2,
-    prediction_service_pb2,
-)
+from tensorflow_serving.apis import get_model_metadata_pb2, get_model_status_pb2, predict_pb2
 
 from pipeline.serving import protos
 from pipeline.serving.batching import Result
 from pipeline.serving.model import DEFAULT_SIGNATURE, Signature, Spec
 from pipeline.serving.refusal import invalid
 from pipeline.serving.service import Service
+from trainer_module import lines
 
-PREDICTION_SERVICE = prediction_service_pb2.DESCRIPTOR.services_by_name["PredictionService"].full_name
-MODEL_SERVICE = model_service_pb2.DESCRIPTOR.services_by_name["ModelService"].full_name
+PREDICTION_SERVICE = lines.serving_service("prediction_service_pb2", "PredictionService").full_name
+MODEL_SERVICE = lines.serving_service("model_service_pb2", "ModelService").full_name
 ERROR_OUTPUT = "error"  # string[N], there only where a row failed
 _METADATA = "signature_def"
 

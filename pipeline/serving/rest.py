@@ -11,13 +11,13 @@ import re
 from typing import Any
 from urllib.parse import unquote
 
-from google.protobuf.json_format import MessageToJson
 from tornado import iostream, web
 from tornado.httpserver import HTTPServer
 
 from pipeline.serving import protos, tensors_json
 from pipeline.serving.refusal import Code, Refused, invalid
 from pipeline.serving.service import Service
+from trainer_module import lines
 
 _PREDICT = re.compile(r"(?i)/v1/models/([^/:]+)(?:/versions/(\d+)|/labels/([^/:]+))?:(classify|regress|predict)")
 _ASK = re.compile(r"(?i)/v1/models(?:/([^/:]+))?(?:/versions/(\d+)|/labels/([^/:]+))?(/metadata)?")
@@ -244,8 +244,7 @@ def _number(version: str | None) -> int | None:
 
 
 def _json(message: Any) -> bytes:
-    text = MessageToJson(message, including_default_value_fields=True, preserving_proto_field_name=True)
-    return text.encode()
+    return lines.message_to_json(message).encode()
 
 
 def _log_nothing(_: web.RequestHandler) -> None:

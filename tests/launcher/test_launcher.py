@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import signal
 import subprocess
@@ -17,9 +18,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+
+from pipeline.side_env import candidates
+from trainer_module import lines
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 REAL_PYTHON = Path(sys._base_executable).resolve()  # type: ignore[attr-defined]
+VERSION = "{}.{}".format(*sys.version_info)
+PYTHON = f"python{VERSION}"
 PIPELINE = """
 import json, os, sys
 import tiny
@@ -118,7 +125,9 @@ def checkout(tmp_path: Path, real_uv: Path) -> Checkout:
     for tool in TOOLS:
         (made.bin / tool).symlink_to(shutil.which(tool) or pytest.fail(f"these tests need {tool}"))
     (made.bin / "uv").symlink_to(real_uv)
-    (made.bin / "python3.10").symlink_to(REAL_PYTHON)
+    (made.bin / PYTHON).symlink_to(REAL_PYTHON)
+    if lines.NEWER:  # else the launcher would prefer a Python 3.10 that the account has
+        rewrite(made, default_python="3.0")
     return made
 
 
@@ -215,7 +224,7 @@ def test_an_environment_whose_python_has_gone_is_made_again(checkout: Checkout) 
     result(checkout.start())
     python = checkout.root / ".venv/bin/python"
     python.unlink()
-    python.symlink_to("/nowhere/bin/python3.10")
+    python.symlink_to(f"/nowhere/bin/{PYTHON}")
     assert result(checkout.start())["tiny"] == "1.0"
 
 
@@ -296,9 +305,9 @@ def test_a_failed_installation_says_why_and_leaves_the_last_environment_in_place
 
 
 def test_python_is_found_behind_a_failing_shim(checkout: Checkout) -> None:
-    (checkout.bin / "python3.10").unlink()
-    write_script(checkout.bin / "python3.10", "echo 'pyenv: python3.10: command not found' >&2; exit 127")
-    version = checkout.home / ".pyenv/versions/3.10.99/bin"
+    (checkout.bin / PYTHON).unlink()
+    write_script(checkout.bin / PYTHON, "echo 'pyenv: python: command not found' >&2; exit 127")
+    version = checkout.home / f".pyenv/versions/{VERSION}.99/bin"
     version.mkdir(parents=True)
     (version / "python").symlink_to(REAL_PYTHON)
     run = checkout.start()
@@ -307,24 +316,24 @@ def test_python_is_found_behind_a_failing_shim(checkout: Checkout) -> None:
 
 
 def test_python_is_found_beside_pyenvs_shims_when_home_is_another(checkout: Checkout, tmp_path: Path) -> None:
-    (checkout.bin / "python3.10").unlink()
-    shims, version = tmp_path / "pyenv root/shims", tmp_path / "pyenv root/versions/3.10.1/bin"
-    write_script(shims / "python3.10", "exit 127")
+    (checkout.bin / PYTHON).unlink()
+    shims, version = tmp_path / "pyenv root/shims", tmp_path / f"pyenv root/versions/{VERSION}.1/bin"
+    write_script(shims / PYTHON, "exit 127")
     version.mkdir(parents=True)
     (version / "python").symlink_to(REAL_PYTHON)
     assert result(checkout.start(PATH=f"{shims}:{checkout.bin}"))["tiny"] == "1.0"
 
 
 def test_python_is_found_in_uvs_folder(checkout: Checkout) -> None:
-    (checkout.bin / "python3.10").unlink()
-    folder = checkout.home / ".local/share/uv/python/cpython-3.10.99-linux-x86_64-gnu/bin"
+    (checkout.bin / PYTHON).unlink()
+    folder = checkout.home / f".local/share/uv/python/cpython-{VERSION}.99-linux-x86_64-gnu/bin"
     folder.mkdir(parents=True)
-    (folder / "python3.10").symlink_to(REAL_PYTHON)
+    (folder / PYTHON).symlink_to(REAL_PYTHON)
     assert result(checkout.start())["tiny"] == "1.0"
 
 
 def test_python_is_found_under_its_plain_name_late_on_the_path(checkout: Checkout, tmp_path: Path) -> None:
-    (checkout.bin / "python3.10").unlink()
+    (checkout.bin / PYTHON).unlink()
     write_script(checkout.bin / "python", "exit 1")
     late = tmp_path / "late bin"
     late.mkdir()
@@ -337,50 +346,166 @@ def test_the_interpreter_that_is_used_is_no_link_that_can_change(checkout: Check
     assert (checkout.root / ".venv/bin/python").readlink() == REAL_PYTHON
 
 
-@pytest.fixture
-def choosy(checkout: Checkout) -> Checkout:
-    """A checkout that wants a Python that no machine has."""
+def rewrite(checkout: Checkout, **settings: str) -> None:
+    """Gives settings at the head of the launcher other values."""
     launcher = checkout.root / "moco"
     text = launcher.read_text()
-    assert "\nwanted_python=3.10\n" in text
-    launcher.write_text(text.replace("\nwanted_python=3.10\n", "\nwanted_python=3.99\n"))
-    (checkout.bin / "python3.10").unlink()
+    for name, value in settings.items():
+        text, found = re.subn(rf"(?<=\b{name}=)('[^']*'|[\d.]+)", f"'{value}'", text, count=1)
+        assert found, name
+    launcher.write_text(text)
+
+
+@pytest.fixture
+def choosy(checkout: Checkout) -> Checkout:
+    """A checkout that wants Pythons that no machine has."""
+    rewrite(checkout, default_python="3.98", newer_pythons="3.99 3.100")
+    (checkout.bin / PYTHON).unlink()
     return checkout
 
 
 def test_without_a_fitting_python_one_line_names_those_found_and_how_to_get_one(choosy: Checkout) -> None:
-    write_script(choosy.bin / "python3.99", "echo not found >&2; exit 127")
+    write_script(choosy.bin / "python3.98", "echo not found >&2; exit 127")
     (choosy.bin / "python3").symlink_to(REAL_PYTHON)
     (choosy.bin / "python").symlink_to(REAL_PYTHON)
     line = one_line(choosy.start(), 2)
-    assert f"(found: failing {choosy.bin}/python3.99, {platform.python_version()} at {REAL_PYTHON})" in line
-    for way in ("apt-get install python3.99-venv", "pyenv install 3.99", "uv python install 3.99"):
+    assert f"(found: failing {choosy.bin}/python3.98, {platform.python_version()} at {REAL_PYTHON})" in line
+    for way in ("apt-get install python3.98-venv", "pyenv install 3.98", "uv python install 3.98"):
         assert way in line
     assert not (choosy.root / ".venv-setup").exists()
 
 
 def test_with_no_python_at_all_one_line_says_so(choosy: Checkout) -> None:
-    assert "no usable Python 3.99 (found: none)" in one_line(choosy.start(), 2)
+    assert "no usable Python 3.98 (found: none)" in one_line(choosy.start(), 2)
+
+
+# ---- the two lines of TFX -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def newer(checkout: Checkout) -> Checkout:
+    """A checkout for which the Python of these tests is one of the newer line, and no glibc too old."""
+    rewrite(checkout, default_python="3.0", newer_pythons=f"3.99 {VERSION}", newer_glibc="2.1")
+    return checkout
+
+
+@pytest.fixture
+def other_python(checkout: Checkout) -> str:
+    """Version of a second Python, which is put on PATH."""
+    for version in ("3.12", "3.11", "3.13", "3.10"):
+        for found in candidates(version) if version != VERSION else ():
+            asked = [found, "-Es", "-c", "import sys; print('%d.%d' % sys.version_info[:2], sys.executable)"]
+            answer = subprocess.run(asked, cwd="/", capture_output=True, text=True, check=False).stdout.split()
+            if answer[:1] == [version]:
+                (checkout.bin / f"python{version}").symlink_to(answer[1])
+                return version
+    pytest.skip("this needs a second Python, and there is none on PATH, in pyenv or in uv")
+
+
+def require_by_line(checkout: Checkout, default: str) -> None:
+    """Pins tiny 1.0 for the Python of the default line and 2.0 for all others."""
+    pins = {write_wheel(checkout.home, "1.0"): "==", write_wheel(checkout.home, "2.0"): "!="}
+    lines = [pin.replace(" --hash", f" ; python_version {sign} '{default}' --hash") for pin, sign in pins.items()]
+    (checkout.root / "requirements.txt").write_text("".join(lines))
+
+
+def test_where_there_is_no_python_of_the_default_line_a_later_one_gets_the_packages_of_its_own(newer: Checkout) -> None:
+    require_by_line(newer, "3.0")
+    run = newer.start()
+    assert result(run)["tiny"] == "2.0"
+    assert result(run)["python"] == str(newer.root / ".venv")
+    again = newer.start()
+    assert result(again)["tiny"] == "2.0"
+    assert again.stderr == ""
+
+
+def test_where_glibc_is_too_old_for_the_newer_line_one_line_says_what_was_found_and_the_mend(newer: Checkout) -> None:
+    rewrite(newer, newer_glibc="2.999")
+    line = one_line(newer.start(), 2)
+    libc = "-".join(platform.libc_ver())
+    assert "no usable Python 3.0 (found: " in line
+    assert f"{platform.python_version()}-with-{libc} at {REAL_PYTHON}" in line
+    assert "uv python install 3.0" in line
+    assert f"A Python 3.99 or {VERSION} with venv serves, with TFX 1.21, where glibc is 2.999 or newer" in line
+
+
+def test_with_pythons_for_both_lines_the_default_is_taken(newer: Checkout, other_python: str) -> None:
+    rewrite(newer, default_python=other_python)
+    require_by_line(newer, other_python)
+    assert result(newer.start())["tiny"] == "1.0"
+    assert (newer.root / ".venv/lib" / f"python{other_python}").is_dir()
+
+
+def test_a_line_that_is_asked_for_gets_an_environment_beside_the_default_ones(
+    newer: Checkout, other_python: str
+) -> None:
+    rewrite(newer, default_python=other_python)
+    require_by_line(newer, other_python)
+    asked = newer.start("test", "--line", "1.21", "-k", "a b")
+    assert result(asked)["arguments"] == ["test", "-k", "a b"]
+    assert result(asked)["python"] == str(newer.root / ".venv-1.21")
+    assert result(asked)["tiny"] == "2.0"
+    assert not (newer.root / ".venv").exists()
+    default = newer.start("test")
+    assert result(default)["python"] == str(newer.root / ".venv")
+    assert result(default)["tiny"] == "1.0"
+    for line, folder in (("1.16", ".venv"), ("1.21", ".venv-1.21")):
+        again = newer.start("test", "--line", line)
+        assert again.stderr == ""
+        assert result(again)["python"] == str(newer.root / folder)
+
+
+def test_a_line_that_is_asked_for_is_the_usual_environment_where_that_is_of_this_line(newer: Checkout) -> None:
+    result(newer.start())
+    asked = newer.start("test", "--line", "1.21")
+    assert asked.stderr == ""
+    assert result(asked)["python"] == str(newer.root / ".venv")
+    newer.require("2.0")
+    assert result(newer.start("test", "--line", "1.21"))["python"] == str(newer.root / ".venv")
+
+
+def test_a_line_that_there_is_not_is_refused_in_one_line(checkout: Checkout) -> None:
+    assert "--line 1.17: is no line of TFX here; 1.16 or 1.21" in one_line(checkout.start("test", "--line", "1.17"), 2)
+    assert "--line wants a line of TFX: 1.16 or 1.21" in one_line(checkout.start("test", "--line"), 2)
+
+
+def test_a_line_without_a_python_is_refused_in_one_line(newer: Checkout) -> None:
+    rewrite(newer, default_python=VERSION, newer_pythons="3.99")
+    line = one_line(newer.start("test", "--line", "1.21"), 2)
+    assert "no usable Python for TFX 1.21 (found: " in line
+    assert "where glibc is 2.1 or newer" in line
+
+
+def test_the_packages_that_are_counted_are_those_of_this_python(checkout: Checkout) -> None:
+    shutil.copy(REPOSITORY / "requirements.txt", checkout.root)
+    lines = (REPOSITORY / "requirements.txt").read_text().splitlines()
+    pins = [Requirement(line.rstrip(" \\")) for line in lines if line[:1].isalnum()]
+    here = [pin for pin in pins if pin.marker is None or pin.marker.evaluate()]
+    assert len(here) < len(pins)
+    path = f"{checkout.bin}:{os.defpath}:{os.environ['PATH']}"
+    run = checkout.start(PATH=path, UV_OFFLINE="1", UV_NO_CACHE="1")
+    assert run.returncode == 1
+    assert f"setting up {len(here)} packages" in run.stderr
 
 
 def copy_python(prefix: Path, *left_out: str) -> Path:
     """The interpreter of these tests in another prefix, without its headers and without some modules."""
-    library = prefix / "lib/python3.10"
+    library = prefix / f"lib/{PYTHON}"
     library.mkdir(parents=True)
-    for member in (REAL_PYTHON.parents[1] / "lib/python3.10").iterdir():
+    for member in (REAL_PYTHON.parents[1] / f"lib/{PYTHON}").iterdir():
         if member.name not in left_out:
             (library / member.name).symlink_to(member)
     for shared in (REAL_PYTHON.parents[1] / "lib").glob("libpython*"):
         (prefix / "lib" / shared.name).symlink_to(shared)
     (prefix / "bin").mkdir()
-    return Path(shutil.copy2(REAL_PYTHON, prefix / "bin/python3.10"))
+    return Path(shutil.copy2(REAL_PYTHON, prefix / f"bin/{PYTHON}"))
 
 
 def test_a_python_that_cannot_make_environments_is_passed_over_and_an_unreachable_index_of_pip_is_named(
     checkout: Checkout, tmp_path: Path
 ) -> None:
     (checkout.bin / "uv").unlink()
-    (checkout.bin / "python3.10").unlink()
+    (checkout.bin / PYTHON).unlink()
     bare = copy_python(tmp_path / "bare", "ensurepip")
     path = f"{bare.parent}:{checkout.bin}"
     (checkout.bin / "python").symlink_to(REAL_PYTHON)
@@ -429,11 +554,11 @@ def test_missing_python_headers_are_said_in_one_line_before_the_installation(
     require_compiled_package(checkout)
     headless = tmp_path / "headless"
     copy_python(headless)
-    (checkout.bin / "python3.10").unlink()
-    (checkout.bin / "python3.10").symlink_to(headless / "bin/python3.10")
+    (checkout.bin / PYTHON).unlink()
+    (checkout.bin / PYTHON).symlink_to(headless / f"bin/{PYTHON}")
     line = one_line(checkout.start(), 2)
-    assert f"{headless}/include/python3.10/Python.h is missing" in line
-    assert "apt-get install python3.10-dev" in line
+    assert f"{headless}/include/{PYTHON}/Python.h is missing" in line
+    assert f"apt-get install {PYTHON}-dev" in line
 
 
 def test_a_project_folder_that_cannot_be_written_in_is_said_in_one_line(checkout: Checkout) -> None:

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,11 @@ def test_every_command_explains_itself_with_an_example(capsys, command):
 def test_the_help_lists_the_commands_that_there_are_and_no_others(capsys):
     assert cli.main(["--help"]) == 0
     assert re.findall(r"^    ([\w-]+)", capsys.readouterr().out, re.MULTILINE) == COMMANDS
+
+
+def test_the_help_says_which_line_of_tfx_this_is(capsys):
+    assert cli.main(["--help"]) == 0
+    assert f"This is TFX {version('tfx')}" in " ".join(capsys.readouterr().out.split())
 
 
 def test_the_help_of_bench_lists_the_benchmarks_that_there_are(capsys):
@@ -165,6 +171,7 @@ def test_help_and_refusals_import_nothing_heavy(arguments):
         (["bench", "kills", "--count", "0"], ["--count 0", "e.g. --count 50"]),
         (["lineage", "--model", "17"], ["--model 17", "needs --workdir DIR"]),
         (["bench"], ["NAME", "./moco bench --help"]),
+        (["test", "-x", "--line", "1.21"], ["--line comes directly after test", "./moco test --line 1.21"]),
         (["tpu-report", "--topology", "v5e:2x3"], ["v5e:2x3", "did you mean v5e:2x", "1x1, 2x2, 2x4"]),
         (["tpu-report", "--topology", "v9:2x2"], ["v9:2x2", "no such TPU slice", "v5e:2x4"]),
         (["tpu-report", "--batch-per-core", "0"], ["--batch-per-core 0", "at least 1"]),

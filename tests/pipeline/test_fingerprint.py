@@ -5,6 +5,7 @@ import shutil
 import pytest
 
 from pipeline import fingerprint
+from trainer_module import lines
 
 
 @pytest.fixture
@@ -40,3 +41,9 @@ def test_training_depends_on_the_step_and_not_on_the_command_line(project):
     assert fingerprint.of("trainer_module.run_fn") == before
     change(project / "trainer_module" / "moco.py", "\nCHANGED = 1\n")
     assert fingerprint.of("trainer_module.run_fn") != before
+
+
+def test_another_line_of_tfx_is_another_fingerprint(project, monkeypatch):
+    before = fingerprint.of("components.image_example_gen.component")
+    monkeypatch.setattr(lines, "NAME", "1.0")
+    assert fingerprint.of("components.image_example_gen.component") != before

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from pipeline import side_env
+from pipeline.cloud import smoke
 from pipeline.side_env import SideEnvironment
 from trainer_module.errors import UserError
 
@@ -113,8 +114,9 @@ def test_every_package_is_pinned_with_its_hash(environment):
 
 
 def test_what_lowers_the_step_is_what_trains_it():
-    main = (side_env.ROOT / "requirements.txt").read_text().splitlines()
-    trained = {line.split()[0] for line in main if line and line[0].isalnum()}
+    list_of_both_lines = side_env.ROOT / "requirements.txt"
+    main = smoke.pins(list_of_both_lines, python_full_version="3.10.13", python_version="3.10")
+    trained = {f"{name}=={version}" for name, version in main.items()}
     lowered = set(pins(side_env.TPU_LOWER))
     assert lowered - trained == {"tensorflow-tpu==2.16.2"}
     assert "tensorflow==2.16.2" in trained

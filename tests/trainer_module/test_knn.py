@@ -120,7 +120,9 @@ def test_the_nearest_rows_are_those_of_exact_arithmetic(seed, bank, k, kinds, ch
     similarities, found = decode(nearest(rows, queries, k, chunk_bytes=chunk))
     for number, query in enumerate(queries):
         # A float16 of at most 1 is a whole number of 2^-24.
-        exact = [sum(int(a * 2.0**24) * int(b * 2.0**24) for a, b in zip(query, row, strict=True)) for row in rows]
+        whole = [[int(float(a) * 2.0**24) for a in row] for row in rows]
+        asked = [int(float(a) * 2.0**24) for a in query]
+        exact = [sum(a * b for a, b in zip(asked, row, strict=True)) for row in whole]
         rounded = np.array(exact, np.float64).astype(np.float32) / np.float32(2.0**48)
         wanted = sorted(range(bank), key=lambda row: (-rounded[row], row))[:k]
         assert found[number].tolist() == wanted

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from packaging.utils import canonicalize_name
 
 from pipeline.cloud import smoke
 from pipeline.side_env import ROOT
@@ -13,8 +14,7 @@ CPU, TPU = ((ROOT / "pipeline" / "cloud" / "images" / f"{name}.Dockerfile").read
 
 
 def pinned(package: str, path: str = "requirements.txt") -> str:
-    (version,) = re.findall(rf"^{re.escape(package)}==(\S+)", (ROOT / path).read_text(), re.MULTILINE)
-    return version
+    return smoke.pins(ROOT / path, python_full_version="3.10.13", python_version="3.10")[canonicalize_name(package)]
 
 
 def test_beams_own_program_is_of_the_version_that_the_pipeline_is_built_with():

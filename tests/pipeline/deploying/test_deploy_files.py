@@ -12,7 +12,7 @@ from pathlib import Path
 import faulty_storage
 import pytest
 import yaml
-from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format, wrappers_pb2
+from google.protobuf import descriptor_pb2, message_factory, text_format, wrappers_pb2
 from tensorflow_serving.config import model_server_config_pb2
 
 from components.pusher import publish
@@ -21,6 +21,7 @@ from pipeline.cloud.vertex import Connection
 from pipeline.deploying import docker, kserve, tf_serving, vertex
 from pipeline.deploying.config import FilesConfig, VertexConfig
 from pipeline.deploying.located import Located, locate
+from trainer_module import lines
 from trainer_module.errors import UserError
 
 # Of tensorflow_model_server 2, read in its tensorflow_serving/model_servers/main.cc.
@@ -59,12 +60,8 @@ def batching_parameters(text: str):
     message.field.add(name="thread_pool_name", number=5, type=kinds.TYPE_STRING, label=kinds.LABEL_OPTIONAL)
     message.field.add(name="allowed_batch_sizes", number=6, type=kinds.TYPE_INT64, label=kinds.LABEL_REPEATED)
     message.field.add(name="pad_variable_length_inputs", number=7, type=kinds.TYPE_BOOL, label=kinds.LABEL_OPTIONAL)
-    pool = descriptor_pool.DescriptorPool()
-    pool.AddSerializedFile(wrappers_pb2.DESCRIPTOR.serialized_pb)
-    pool.Add(file)
-    made = message_factory.MessageFactory(pool).GetPrototype(
-        pool.FindMessageTypeByName("tensorflow.serving.BatchingParameters")
-    )
+    wrappers = descriptor_pb2.FileDescriptorProto.FromString(wrappers_pb2.DESCRIPTOR.serialized_pb)
+    made = message_factory.GetMessages([wrappers, file])["tensorflow.serving.BatchingParameters"]
     return text_format.Parse(text, made())
 
 
@@ -97,8 +94,10 @@ def test_allowed_sizes_rise_and_end_with_the_largest_batch(largest):
 def test_flags_are_those_that_the_server_has_and_the_image_is_of_the_same_release():
     flags = tf_serving.flags("/config")
     assert {flag.removeprefix("--").partition("=")[0] for flag in flags} == FLAGS
-    release = importlib.metadata.version("tensorflow-serving-api")
-    assert tf_serving.image(FilesConfig()) == f"tensorflow/serving:{release}"
+    release = tf_serving.image(FilesConfig()).removeprefix("tensorflow/serving:")
+    assert release.split(".")[:2] == importlib.metadata.version("tensorflow").split(".")[:2]
+    # tfx-bsl 1.21 keeps the protos at an older release than its TensorFlow.
+    assert lines.NEWER or release == importlib.metadata.version("tensorflow-serving-api")
 
 
 # Docker.
@@ -134,7 +133,7 @@ def test_the_command_starts_a_server_that_finds_the_model_and_its_files(pushed, 
     assert arguments[:2] == ["run", "--rm"]
     assert "127.0.0.1:8501:8501" in arguments
     assert mounts(arguments) == {"/config": str(out), "/models/encoder": str(pushed)}
-    image = arguments.index("tensorflow/serving:2.16.1")
+    image = arguments.index(lines.SERVING_IMAGE)
     assert arguments[image + 1 :] == tf_serving.flags("/config")
     for flag in ("--model_config_file", "--batching_parameters_file"):
         path = next(word.partition("=")[2] for word in arguments if word.startswith(flag))
