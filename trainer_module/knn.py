@@ -79,7 +79,7 @@ def nearest(
         queries: float16 or float32 [Q, D], rows of length 1 or 0.
         k: neighbours, at least 1.
         floor: float32 [Q]; rows that are less similar are left out. NaN stands for none.
-        chunk_bytes: memory, about, that the similarities of one chunk of queries may take.
+        chunk_bytes: memory, about, that the similarities of one chunk of queries may take; each core has a chunk.
 
     Returns:
         Codes uint64 [Q, min(k, B)] (see `decode`), the nearest first; 0 where there are fewer neighbours.
