@@ -668,7 +668,7 @@ def test_remote_sources_are_read_through_beams_file_systems(tmp_path: pathlib.Pa
     [
         ({"eval_fraction": 1.0}, "ingest.eval_fraction=1.0 .* 0.9999"),
         ({"eval_fraction": 0.0}, "ingest.eval_fraction=0.0 .* 0.0001"),
-        ({"max_bad_fraction": 1.5}, "ingest.max_bad_fraction=1.5 .* 1.0"),
+        ({"max_bad_fraction": 1.5}, "ingest.max_bad_fraction=1.5 .* 1$"),
         ({"min_side": 0}, "ingest.min_side=0 .* 1"),
         ({"max_pixels": 10**9}, "ingest.max_pixels=1000000000 .* 178956970"),
         ({"shard_mb": 0.0}, "ingest.shard_mb=0.0 .* 0.001"),

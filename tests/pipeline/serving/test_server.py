@@ -126,12 +126,12 @@ def test_what_cannot_work_is_refused_in_one_line(capsys, arguments, words):
         assert word in said
 
 
-def test_a_port_that_is_in_use_is_told_before_tensorflow_is_imported():
+def test_a_port_that_is_in_use_is_told_before_tensorflow_is_imported(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         for option, other in (("--rest-port", "--grpc-port"), ("--grpc-port", "--rest-port")):
             program = PROGRAM.replace("tfx", "tensorflow")
-            command = [sys.executable, "-c", program, "--model", "x", option, port, other, "0"]
+            command = [sys.executable, "-c", program, "--model", str(tmp_path), option, port, other, "0"]
             done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
             assert done.returncode == 2
             assert done.stderr.startswith(f"moco: {option} {port} on 127.0.0.1: ")
