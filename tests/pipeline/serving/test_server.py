@@ -127,6 +127,7 @@ def test_what_cannot_work_is_refused_in_one_line(capsys, arguments, words):
 
 
 def test_a_port_that_is_in_use_is_told_before_tensorflow_is_imported(tmp_path):
+    (tmp_path / "saved_model.pb").touch()
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         for option, other in (("--rest-port", "--grpc-port"), ("--grpc-port", "--rest-port")):
