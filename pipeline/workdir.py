@@ -112,15 +112,15 @@ def _existing(path: Path) -> Path:
 
 def _is_named(folder: Path, images: str) -> bool:
     """Whether a source, by its words, takes in a folder, which need not exist yet."""
-    source = Path(images).expanduser().absolute()
-    if source.exists():
-        return folder.is_relative_to(source.resolve())
-    depth = next((at for at, part in enumerate(source.parts) if re.search(r"[*?\[{]", part)), len(source.parts))
-    base = Path(*source.parts[:depth]).resolve()
+    src = Path(os.path.expanduser(images)).absolute()
+    if src.exists():
+        return folder.is_relative_to(src.resolve())
+    depth = next((at for at, part in enumerate(src.parts) if re.search(r"[*?\[{]", part)), len(src.parts))
+    base = Path(*src.parts[:depth]).resolve()
     if not folder.is_relative_to(base):
         return False
     # A glob's matches that are folders are read whole, so a match above the folder counts.
-    pattern = re.sub(r"\{.*?\}", "*", str(base.joinpath(*source.parts[depth:])))
+    pattern = re.sub(r"\{.*?\}", "*", str(base.joinpath(*src.parts[depth:])))
     return "**" in pattern or any(above.match(pattern) for above in (folder, *folder.parents))
 
 

@@ -94,7 +94,10 @@ class ImageInputProcessor(input_processor.FileBasedInputProcessor):
                 span, version = super().resolve_span_and_version()
             except ValueError as error:
                 src = sources.join_pattern(self._input_base_uri, split.pattern)
-                raise UserError(f"--images: no span found for {src} ({error}); check the path") from error
+                raise UserError(
+                    f"--images: no span found for {src}; check the path, and that numbers alone stand in place of "
+                    "{SPAN} and {VERSION}, of as many digits as {SPAN:2} says"
+                ) from error
         pattern = self.get_pattern_for_span_version(split.pattern, span, version)
         self._survey = sources.survey(sources.join_pattern(self._input_base_uri, pattern))
         return span, version

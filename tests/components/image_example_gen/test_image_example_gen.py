@@ -614,9 +614,12 @@ def test_the_latest_span_and_version_are_read(tmp_path: pathlib.Path) -> None:
 
 
 def test_a_span_that_matches_nothing_is_refused_in_one_line(tmp_path: pathlib.Path) -> None:
-    with pytest.raises(UserError, match="no span found") as caught:
-        Chain(tmp_path, f"{tmp_path}/span-{{SPAN}}").run()
-    assert "\n" not in str(caught.value)
+    for name in ("nothing like it", "span-x"):
+        (tmp_path / name).mkdir()
+        with pytest.raises(UserError, match="no span found") as caught:
+            Chain(tmp_path, f"{tmp_path}/span-{{SPAN}}").run()
+        assert "\n" not in str(caught.value)
+        assert "(?P" not in str(caught.value)
     with pytest.raises(UserError, match="--images"):
         Chain(tmp_path, f"{tmp_path}/v{{VERSION}}").run()
 
