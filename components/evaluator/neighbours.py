@@ -6,7 +6,7 @@ those of all bundles, block by block of the queries. Nothing is larger than it h
 
 - a worker holds the queries twice (as they came, and joined: 4 Q D bytes), one part of the bank (8 bytes a number, at
   most 512 MiB), a chunk of similarities for each core (some 100 MiB), 24 Q k bytes of codes, and keys and labels of
-  the rows that are among some query's k nearest: with Beam itself 2.8 GB for 50,000 queries, 2,048 dimensions and k =
+  the rows that are among some query's k nearest: with Beam itself 2.9 GB for 50,000 queries, 2,048 dimensions and k =
   200. Of all these only the keys and labels can grow with the bank, by 72 bytes a row, until they are Q k;
 - what is shuffled is 8 Q k bytes a bundle (80 MB for these), and key and label (72 bytes for SHA-256 in hexadecimal) of
   each row that a block's queries have among their k nearest, once a block: for a bundle of n rows at most 16 n of them.
