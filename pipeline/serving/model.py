@@ -17,10 +17,10 @@ from tensorflow.core.protobuf import config_pb2, meta_graph_pb2
 from tensorflow_serving.apis import prediction_log_pb2
 
 from components.image_example_gen.codec import BadImage
-from pipeline.serving import images
+from pipeline.serving import faults, images
 from pipeline.serving.batching import Result, Tensors, filler, row_count
 from pipeline.serving.images import Container, ImageLimits
-from pipeline.serving.refusal import Refused, invalid
+from pipeline.serving.refusal import invalid
 from trainer_module.errors import UserError
 
 DEFAULT_SIGNATURE = "serving_default"
@@ -223,15 +223,15 @@ class Model:
             with graph.as_default():
                 self._session = tf.compat.v1.Session(graph=graph)
                 meta = tf.compat.v1.saved_model.load(self._session, ["serve"], folder)
-        except (OSError, ValueError, RuntimeError, KeyError, TypeError, tf.errors.OpError) as error:
-            raise UserError(f"cannot be loaded as a SavedModel: {_first_line(error)}") from error
-        graph.finalize()
-        self.definitions = dict(meta.signature_def)
-        self.signatures = {
-            name: Signature(self._session, definition, limits, pool)
-            for name, definition in self.definitions.items()
-            if definition.inputs and definition.outputs  # not the initialiser, which has neither
-        }
+            graph.finalize()
+            self.definitions = dict(meta.signature_def)
+            self.signatures = {
+                name: Signature(self._session, definition, limits, pool)
+                for name, definition in self.definitions.items()
+                if definition.inputs and definition.outputs  # not the initialiser, which has neither
+            }
+        except Exception as error:  # there is no end to what TensorFlow raises for a damaged model
+            raise UserError(f"cannot be loaded as a SavedModel: {faults.words(error)}") from error
         if not self.signatures:
             raise UserError("has no signature that could be called")
         self._folder = folder
@@ -262,8 +262,10 @@ class Model:
             for signature in self.signatures.values():
                 for count in rows if (made := _synthetic(signature)) else ():
                     self._check_warm(signature({name: np.repeat(row, count, axis=0) for name, row in made.items()}))
-        except (tf.errors.OpError, Refused, ValueError) as error:
-            raise UserError(f"cannot be warmed up: {_first_line(error)}") from error
+        except UserError:
+            raise
+        except Exception as error:  # of the model, of the file of requests and of protobuf
+            raise UserError(f"cannot be warmed up: {faults.words(error)}") from error
 
     @staticmethod
     def _check_warm(result: Result) -> None:
@@ -324,7 +326,3 @@ def _synthetic(signature: Signature) -> dict[str, np.ndarray]:
     if list(signature.inputs) == ["image"]:
         return {"image": noise[np.newaxis].astype(np.float32)}
     return {}
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
