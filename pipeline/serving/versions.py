@@ -87,15 +87,15 @@ class Versions:
 
     async def look(self) -> None:
         """Looks for another version once, and puts it in service if it is sound."""
+        assert self._current is not None
         try:
             number, where = await asyncio.to_thread(_find, self._path)
+            if number == self._current.model.version:
+                return
+            files = await asyncio.to_thread(_files, where)  # before it is loaded: what comes later is a change
         except UserError as error:  # it may be there again at the next look
             self._say(f"cannot look for new versions: {error}")
             return
-        assert self._current is not None
-        if number == self._current.model.version:
-            return
-        files = await asyncio.to_thread(_files, where)  # before it is loaded: what comes later is a change
         if self._refused.get(number) == files:
             return
         try:
