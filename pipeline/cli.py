@@ -754,7 +754,10 @@ def _embed(options: argparse.Namespace) -> int:
 
     model, out = os.path.expanduser(options.model), os.path.expanduser(options.out)
     with console.progress_shown():
-        console.line(str(embed.embed(model, options.images, out, options.batch, options.beam_arguments)))
+        summary = embed.embed(model, options.images, out, options.batch, options.beam_arguments)
+        console.line(str(summary))
+    if summary.errors == summary.images:
+        raise UserError(f"--images {options.images}: none could be embedded; column 'error' of {out} says why")
     return DONE
 
 

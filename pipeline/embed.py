@@ -49,10 +49,13 @@ class Summary:
 
     def __str__(self) -> str:
         """What the command says at its end."""
-        errors = f" ({self.errors:,} {'error' if self.errors == 1 else 'errors'})" if self.errors else ""
+        images = f"{self.images:,} images"
+        if self.errors:
+            errors = "error" if self.errors == 1 else "errors"
+            images = f"{self.images - self.errors:,} of {images} ({self.errors:,} {errors})"
         speed = f"{self.images_per_second:,.0f} images/s"
         kept = f", {self.kept:,} of them by an earlier start" if self.kept else ""
-        return f"embedded {self.images:,} images{errors} to {self.out}, {self.dimensions}-d, {speed}{kept}"
+        return f"embedded {images} to {self.out}, {self.dimensions}-d, {speed}{kept}"
 
 
 def embed(

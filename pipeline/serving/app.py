@@ -17,6 +17,7 @@ from pipeline.serving.model import Model
 from pipeline.serving.rest import RestServer
 from pipeline.serving.service import Service
 from pipeline.serving.versions import Versions
+from trainer_module.errors import UserError
 
 # Each signature's first call makes its executor; another number of rows shows the model that it varies.
 _WARM_ROWS = (1, 2)
@@ -76,5 +77,9 @@ class App:
 
     def _load(self, folder: str, version: int) -> Model:
         model = Model(folder, version, ImageLimits.of(self._config), self._decoders)
-        model.warm_up(_WARM_ROWS)
+        try:
+            model.warm_up(_WARM_ROWS)
+        except UserError:
+            model.close()
+            raise
         return model

@@ -49,6 +49,16 @@ def row_count(tensors: Tensors) -> int:
     return len(next(iter(tensors.values())))
 
 
+def check_rows(rows: int, most: int) -> None:
+    """Refuses more rows than the queue could ever hold.
+
+    Raises:
+        Refused: INVALID_ARGUMENT.
+    """
+    if rows > most:
+        raise invalid(f"{rows} instances are over the server's limit of {most} in a request")
+
+
 class _Request:
     """Rows of one request on their way."""
 
@@ -122,8 +132,7 @@ class Batcher:
         Raises:
             Refused: RESOURCE_EXHAUSTED, too many are admitted already; INVALID_ARGUMENT, they could never be.
         """
-        if rows > self._max_queue:
-            raise invalid(f"{rows} instances are over the server's limit of {self._max_queue} in a request")
+        check_rows(rows, self._max_queue)
         if self.admitted + rows > self._max_queue:
             raise Refused(Code.RESOURCE_EXHAUSTED, "the server's queue is full; try again later", "queue_full")
         self.admitted += rows

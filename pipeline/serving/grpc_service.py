@@ -3,7 +3,7 @@
 Messages come as bytes and are parsed here, so that malformed ones get their status and nothing of them is logged.
 """
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import TypeVar
 
 import grpc
@@ -85,11 +85,12 @@ class _Prediction:
         spec = request.model_spec
         with self._service.versions.lease(spec.name, protos.asked_version(spec), spec.version_label) as model:
             signature = model.signature(spec.signature_name)
+            wanted = _wanted(request.output_filter, signature)
             tensors = tensors_of(request.inputs, signature, self._service.config.max_request_bytes)
             result = await self._service.predict(signature, tensors, timeout)
             name = spec.signature_name or DEFAULT_SIGNATURE
             response = predict_pb2.PredictResponse(model_spec=protos.spec(spec.name, model.version, name))
-        _fill(response, result, signature, list(request.output_filter))
+        _fill(response, result, signature, wanted)
         return response
 
     async def metadata(
@@ -112,7 +113,11 @@ class _Prediction:
         if not request.HasField("model_spec"):
             raise invalid("Missing ModelSpec")
         spec = request.model_spec
-        return protos.status(self._service.versions.states(spec.name, protos.asked_version(spec)))
+        version = protos.asked_version(spec)
+        if spec.version_label:
+            with self._service.versions.lease(spec.name, None, spec.version_label) as model:
+                version = model.version
+        return protos.status(self._service.versions.states(spec.name, version))
 
 
 def _handler(
@@ -155,8 +160,7 @@ def tensors_of(inputs: Mapping[str, tensor_pb2.TensorProto], signature: Signatur
     Raises:
         Refused: INVALID_ARGUMENT, they are not the signature's.
     """
-    if set(inputs) != set(signature.inputs):
-        raise invalid(f"the inputs are {len(inputs)} others than {', '.join(signature.inputs)}")
+    signature.check_names(inputs)
     return {name: _tensor(inputs[name], spec, most) for name, spec in signature.inputs.items()}
 
 
@@ -166,7 +170,7 @@ def _tensor(proto: tensor_pb2.TensorProto, spec: Spec, most: int) -> np.ndarray:
     A proto may hold one value for a tensor of any size.
     """
     if proto.dtype != spec.enum:
-        raise invalid(f"input {spec.name} has type {proto.dtype}, not {spec.enum} (see DataType)")
+        raise invalid(f"input {spec.name} has type {_type(proto.dtype)}, not {_type(spec.enum)}")
     shape = [dim.size for dim in proto.tensor_shape.dim]
     if proto.tensor_shape.unknown_rank or any(size < 0 for size in shape) or len(shape) > 8:
         raise invalid(f"input {spec.name} has no shape")
@@ -187,10 +191,28 @@ def _tensor(proto: tensor_pb2.TensorProto, spec: Spec, most: int) -> np.ndarray:
         raise invalid(f"input {spec.name} has not the values of its shape") from error
 
 
+def _type(number: int) -> str:
+    try:
+        return tf.dtypes.as_dtype(number).name
+    except (TypeError, KeyError):  # there is no such type
+        return f"number {number}"
+
+
+def _wanted(names: Sequence[str], signature: Signature) -> list[str]:
+    """The outputs that a request names.
+
+    Raises:
+        Refused: INVALID_ARGUMENT, there is no such output, or it is named twice.
+    """
+    if unknown := set(names) - {*signature.outputs, ERROR_OUTPUT}:
+        raise invalid(f"output tensor alias not found in signature: {min(unknown)[:100]}")
+    if len(set(names)) < len(names):
+        raise invalid("output_filter names an output twice")
+    return list(names)
+
+
 def _fill(response: predict_pb2.PredictResponse, result: Result, signature: Signature, wanted: list[str]) -> None:
     """Writes the outputs that are wanted, all where none is named, with values as lists, as TensorFlow Serving does."""
-    if unknown := set(wanted) - {*signature.outputs, ERROR_OUTPUT}:
-        raise invalid(f"output tensor alias not found in signature: {min(unknown)[:100]}")
     for name, spec in signature.outputs.items():
         if not wanted or name in wanted:
             _write(response.outputs[name], result.outputs[name], spec.enum)

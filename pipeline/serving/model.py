@@ -7,7 +7,7 @@ TensorFlow Serving uses. TensorFlow is imported by whoever imports this module.
 import dataclasses
 import io
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 
 import numpy as np
@@ -17,10 +17,10 @@ from tensorflow.core.protobuf import config_pb2, meta_graph_pb2
 from tensorflow_serving.apis import prediction_log_pb2
 
 from components.image_example_gen.codec import BadImage
-from pipeline.serving import images
+from pipeline.serving import faults, images
 from pipeline.serving.batching import Result, Tensors, filler, row_count
 from pipeline.serving.images import Container, ImageLimits
-from pipeline.serving.refusal import Refused, invalid
+from pipeline.serving.refusal import invalid
 from trainer_module.errors import UserError
 
 DEFAULT_SIGNATURE = "serving_default"
@@ -28,6 +28,7 @@ ENCODED = "image/encoded"  # feature of a tf.Example
 WARMUP_FILE = "assets.extra/tf_serving_warmup_requests"
 # Of pixels given as numbers: what is longer would become gigabytes when its shorter side is enlarged.
 MAX_ASPECT = 16
+_DARKEST, _BRIGHTEST = -0.5, 255.5  # what rounds to a pixel's value
 _ENLARGED = 256**2  # pixels that a small square image may become
 _OF_A_ROW = (
     tf.errors.InvalidArgumentError,
@@ -79,8 +80,10 @@ class Spec:
             and all(want in (None, is_) for want, is_ in zip(self.shape, rows.shape, strict=True))
         )
         if not fits or not rows.ndim:
-            want = "[…]" if self.shape is None else ["?" if side is None else side for side in self.shape]
-            raise invalid(f"input {self.name} has shape {list(rows.shape)}, not {want}")
+            sides = (
+                ["any", "…"] if self.shape is None else ["any" if side is None else str(side) for side in self.shape]
+            )
+            raise invalid(f"input {self.name} has shape {list(rows.shape)}, not [{', '.join(sides)}]")
 
 
 class Signature:
@@ -116,14 +119,23 @@ class Signature:
         Raises:
             Refused: INVALID_ARGUMENT.
         """
-        if set(tensors) != set(self.inputs):
-            raise invalid(f"the inputs are {', '.join(sorted(tensors)) or 'none'}, not {', '.join(self.inputs)}")
+        self.check_names(tensors)
         for name, spec in self.inputs.items():
             spec.check(tensors[name])
         if len({len(rows) for rows in tensors.values()}) != 1 or not row_count(tensors):
             raise invalid("every input must have the same number of instances, at least one")
         if (image := tensors.get("image")) is not None and image.ndim == 4:
             self._check_pixels(*image.shape[1:3])
+
+    def check_names(self, names: Collection[str]) -> None:
+        """Refuses inputs that are not the signature's.
+
+        Raises:
+            Refused: INVALID_ARGUMENT.
+        """
+        if set(names) != set(self.inputs):
+            given = ", ".join(name[:100] for name in sorted(names)[:10]) or "none"
+            raise invalid(f"the inputs are {given}, not {', '.join(self.inputs)}")
 
     def _check_pixels(self, height: int, width: int) -> None:
         shorter, longer = sorted((height, width))
@@ -152,10 +164,15 @@ class Signature:
         elif others or rows.ndim != 4:
             yield range(len(rows)), tensors
         else:
+            if name == "image" and "embedding" in self.outputs:
+                _check_values(rows, errors)
             shorter, longer = sorted(rows.shape[1:3])
+            good = [index for index in range(len(rows)) if index not in errors]
             step = max(1, self._limits.group_pixels // max(shorter * longer, longer // shorter * _ENLARGED))
-            for begin in range(0, len(rows), step):
-                yield range(begin, min(len(rows), begin + step)), {name: rows[begin : begin + step]}
+            for begin in range(0, len(good), step):
+                some = good[begin : begin + step]
+                # A slice is no copy.
+                yield some, {name: rows[begin : begin + step] if len(good) == len(rows) else rows[some]}
 
     def _compute(
         self,
@@ -223,15 +240,15 @@ class Model:
             with graph.as_default():
                 self._session = tf.compat.v1.Session(graph=graph)
                 meta = tf.compat.v1.saved_model.load(self._session, ["serve"], folder)
-        except (OSError, ValueError, RuntimeError, KeyError, TypeError, tf.errors.OpError) as error:
-            raise UserError(f"cannot be loaded as a SavedModel: {_first_line(error)}") from error
-        graph.finalize()
-        self.definitions = dict(meta.signature_def)
-        self.signatures = {
-            name: Signature(self._session, definition, limits, pool)
-            for name, definition in self.definitions.items()
-            if definition.inputs and definition.outputs  # not the initialiser, which has neither
-        }
+            graph.finalize()
+            self.definitions = dict(meta.signature_def)
+            self.signatures = {
+                name: Signature(self._session, definition, limits, pool)
+                for name, definition in self.definitions.items()
+                if definition.inputs and definition.outputs  # not the initialiser, which has neither
+            }
+        except Exception as error:  # there is no end to what TensorFlow raises for a damaged model
+            raise UserError(f"cannot be loaded as a SavedModel: {faults.words(error)}") from error
         if not self.signatures:
             raise UserError("has no signature that could be called")
         self._folder = folder
@@ -262,8 +279,10 @@ class Model:
             for signature in self.signatures.values():
                 for count in rows if (made := _synthetic(signature)) else ():
                     self._check_warm(signature({name: np.repeat(row, count, axis=0) for name, row in made.items()}))
-        except (tf.errors.OpError, Refused, ValueError) as error:
-            raise UserError(f"cannot be warmed up: {_first_line(error)}") from error
+        except UserError:
+            raise
+        except Exception as error:  # of the model, of the file of requests and of protobuf
+            raise UserError(f"cannot be warmed up: {faults.words(error)}") from error
 
     @staticmethod
     def _check_warm(result: Result) -> None:
@@ -283,6 +302,18 @@ class Model:
     def close(self) -> None:
         """Gives the memory back; nothing may be computing."""
         self._session.close()
+
+
+def _check_values(rows: np.ndarray, errors: dict[int, str]) -> None:
+    """Says which images given as numbers have some that no pixel has."""
+    if not rows.size:
+        return
+    low, high = rows.min(axis=(1, 2, 3)), rows.max(axis=(1, 2, 3))
+    for index in np.flatnonzero(~((low >= _DARKEST) & (high <= _BRIGHTEST))).tolist():  # NaN is neither
+        if np.isfinite(low[index]) and np.isfinite(high[index]):
+            errors[index] = f"not_pixels: its values are {low[index]:g} to {high[index]:g}, not 0 to 255"
+        else:
+            errors[index] = "not_pixels: its values are not all finite; they must be 0 to 255"
 
 
 def _container(inputs: Mapping[str, Spec]) -> Container | None:
@@ -324,7 +355,3 @@ def _synthetic(signature: Signature) -> dict[str, np.ndarray]:
     if list(signature.inputs) == ["image"]:
         return {"image": noise[np.newaxis].astype(np.float32)}
     return {}
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]

@@ -1,20 +1,25 @@
 """TensorFlow Serving's REST API over Tornado, with health and metrics beside it.
 
 Tornado and not an ASGI server, because it bounds the time for a request's head and body and the bytes of a body while
-it reads, decompressed ones included; an application behind ASGI never sees the head of a slow client.
+it reads; an application behind ASGI never sees the head of a slow client.
 """
 
 import asyncio
 import functools
 import logging
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 from urllib.parse import unquote
 
+import numpy as np
 from tornado import iostream, web
 from tornado.httpserver import HTTPServer
 
 from pipeline.serving import protos, tensors_json
+from pipeline.serving.gzipped import Unfolder
+from pipeline.serving.model import Model, Signature
 from pipeline.serving.refusal import Code, Refused, invalid
 from pipeline.serving.service import Service
 from trainer_module import lines
@@ -24,6 +29,7 @@ _ASK = re.compile(r"(?i)/v1/models(?:/([^/:]+))?(?:/versions/(\d+)|/labels/([^/:
 _MAX_VERSION = 2**63 - 1
 # Of a body that is too large so much is read and dropped before the connection is cut, so that its sender hears why.
 _READ_ON = 4
+_LARGE = 2**20  # bytes of a body whose reading would keep others waiting
 _CLIENT_ERRORS = ("tornado.access", "tornado.application", "tornado.general")
 
 
@@ -42,7 +48,6 @@ class RestServer(HTTPServer):
         application = web.Application([(".*", _Handler, given)], log_function=_log_nothing)
         super().initialize(
             application,
-            decompress_request=True,
             idle_connection_timeout=config.idle,
             body_timeout=config.timeout,
             max_body_size=_READ_ON * config.max_request_bytes,
@@ -86,6 +91,7 @@ class _Handler(web.RequestHandler):
     def initialize(self, service: Service, requests: set["_Handler"]) -> None:
         self._service, self._requests = service, requests
         self._body, self._held = bytearray(), 0
+        self._unfolder: Unfolder | None = None
         self._refusal: Refused | None = None
         self._task: asyncio.Task | None = None
 
@@ -97,31 +103,37 @@ class _Handler(web.RequestHandler):
         self._requests.add(self)
         length = self.request.headers.get("Content-Length", "0")
         if length.isdecimal():
-            self._check_size(int(length))
+            with self._refusing():
+                self._check_size(int(length.lstrip("0")[:20] or "0"))  # int() takes only so many digits
 
     def data_received(self, chunk: bytes) -> None:
-        if self._refusal is None:
-            self._check_size(self._held + len(chunk))
-        if self._refusal is None:
-            self._take(chunk)
+        if self._refusal is not None:
+            return
+        with self._refusing():
+            if self._held == 0 and self.request.headers.get("Content-Encoding", "").lower() == "gzip":
+                self._unfolder = self._unfolder or Unfolder()
+            for piece in self._unfolder.pieces(chunk) if self._unfolder else (chunk,):
+                self._take(piece)
 
     def _take(self, chunk: bytes) -> None:
-        try:
-            self._service.budget.take(len(chunk))
-        except Refused as refusal:
-            self._refuse(refusal)
-        else:
-            self._held += len(chunk)
-            self._body += chunk
+        self._check_size(self._held + len(chunk))
+        self._service.budget.take(len(chunk))
+        self._held += len(chunk)
+        self._body += chunk
 
     def _check_size(self, size: int) -> None:
         most = self._service.config.max_request_bytes
         if size > most:
-            self._refuse(Refused(Code.RESOURCE_EXHAUSTED, f"the request is over {most} bytes", "too_many_bytes", 413))
+            raise Refused(Code.RESOURCE_EXHAUSTED, f"the request is over {most} bytes", "too_many_bytes", 413)
 
-    def _refuse(self, refusal: Refused) -> None:
-        self._refusal = refusal
-        self._forget_body()
+    @contextmanager
+    def _refusing(self) -> Iterator[None]:
+        """Keeps a refusal until all of the body has come, and what has come of it no longer."""
+        try:
+            yield
+        except Refused as refusal:
+            self._refusal = refusal
+            self._forget_body()
 
     def _forget_body(self) -> None:
         self._service.budget.give(self._held)
@@ -160,10 +172,13 @@ class _Handler(web.RequestHandler):
         else:
             self._end(404, tensors_json.error("there is no such page"))
 
+    async def head(self) -> None:
+        await self.get()  # of which Tornado leaves the body out
+
     async def _other(self) -> None:
         await self._answer("none", self._malformed)
 
-    head = put = delete = patch = options = _other
+    put = delete = patch = options = _other
 
     def _asked(self, path: str) -> tuple[str, Any]:
         match = _ASK.fullmatch(path)
@@ -178,6 +193,8 @@ class _Handler(web.RequestHandler):
         async with self._service.answering("rest", method) as outcome:
             if self._refusal:
                 raise self._refusal
+            if self._unfolder:
+                self._unfolder.end()
             self._end(200, await function())
         if outcome.refusal:
             self._end(outcome.refusal.http, tensors_json.error(outcome.refusal.message))
@@ -195,13 +212,10 @@ class _Handler(web.RequestHandler):
 
     async def _predict(self, name: str, version: str | None, label: str | None, method: str) -> bytes:
         with self._service.versions.lease(unquote(name), _number(version), unquote(label or "")) as model:
-            document = tensors_json.parse(self._body)
-            self._body = bytearray()  # still counted as held, for what was parsed is about as large
-            signature = model.signature(tensors_json.signature_name(document))
-            if method != "predict":
-                raise invalid(f"Expected {method} signature method_name to be tensorflow/serving/{method}")
-            form, tensors = tensors_json.tensors(document, signature)
-            del document
+            body, self._body = self._body, bytearray()  # still counted as held, for what is parsed is about as large
+            read = functools.partial(_read, body, model, method, self._service.config.max_queue)
+            signature, form, tensors = await asyncio.to_thread(read) if len(body) > _LARGE else read()
+            del body, read
             return tensors_json.answer(form, await self._service.predict(signature, tensors))
 
     async def _status(self, name: str | None, version: str | None, label: str | None) -> bytes:
@@ -233,6 +247,17 @@ class _Handler(web.RequestHandler):
 
     def write_error(self, status_code: int, **_: Any) -> None:
         self.finish(tensors_json.error(f"HTTP status {status_code}"))
+
+
+def _read(
+    body: bytearray, model: Model, method: str, most: int
+) -> tuple[Signature, tensors_json.Form, dict[str, np.ndarray]]:
+    document = tensors_json.parse(body)
+    tensors_json.check_count(document, most)
+    signature = model.signature(tensors_json.signature_name(document))
+    if method != "predict":
+        raise invalid(f"Expected {method} signature method_name to be tensorflow/serving/{method}")
+    return signature, *tensors_json.tensors(document, signature)
 
 
 def _number(version: str | None) -> int | None:

@@ -1,21 +1,17 @@
 """What REST and gRPC share: a request with its model, its place in the queue, its deadline and its metrics."""
 
 import asyncio
-import logging
 import time
-import traceback
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 
-from pipeline.serving import images
+from pipeline.serving import faults, images
 from pipeline.serving.batching import Batcher, Result, Tensors, row_count
 from pipeline.serving.config import MIB, ServeConfig
 from pipeline.serving.metrics import Metrics
 from pipeline.serving.model import Signature
 from pipeline.serving.refusal import Code, Refused
 from pipeline.serving.versions import Versions
-
-_LOG = logging.getLogger("moco.serve")
 
 
 class Budget:
@@ -89,7 +85,7 @@ class Service:
             outcome.refusal = Refused(Code.CANCELLED, "the client has gone")
             raise
         except Exception as error:
-            _log(error)
+            faults.log(error)
             outcome.refusal = Refused(Code.INTERNAL, f"a fault of the server: {type(error).__name__}")
         finally:
             code = outcome.refusal.code if outcome.refusal else Code.OK
@@ -127,10 +123,3 @@ def _all_failed(result: Result) -> str:
     shown = [f"instance {index}: {text}" for index, text in sorted(result.errors.items())[:10]]
     more = len(result.errors) - len(shown)
     return "; ".join(shown) + (f"; and {more} more" if more else "")
-
-
-def _log(error: Exception) -> None:
-    """Where a fault of ours was, without its message, which may hold bytes of the request."""
-    frames = reversed(traceback.extract_tb(error.__traceback__))
-    places = " < ".join(f"{frame.filename}:{frame.lineno}" for frame in frames)
-    _LOG.error("%s at %s", type(error).__name__, places)

@@ -17,14 +17,16 @@ from typing import Any, Literal
 import numpy as np
 import orjson
 
-from pipeline.serving.batching import Result
+from pipeline.serving.batching import Result, check_rows
 from pipeline.serving.model import Signature, Spec
 from pipeline.serving.refusal import Refused, invalid
 
 Form = Literal["instances", "inputs"]
 _ANSWER: dict[Form, str] = {"instances": "predictions", "inputs": "outputs"}
 _MAX_RANK = 8
-_MAX_LISTS = 1_000_000  # lists and objects in a document: each costs 20 times its bytes once it is parsed
+# What is parsed holds the interpreter's lock meanwhile: each of these bounds keeps that to 0.1 s, against 0.4 s.
+_MAX_LISTS = 500_000  # lists and objects in a document: each costs 20 times its bytes once it is parsed
+_MAX_VALUES = 1_500_000
 _NOT_FINITE = {
     "nan": orjson.Fragment(b"NaN"),
     "inf": orjson.Fragment(b"Infinity"),
@@ -49,6 +51,8 @@ def parse(body: bytes | bytearray) -> dict[str, Any]:
         raise invalid("JSON Parse error: The document is empty")
     if body.count(b"[") + body.count(b"{") > _MAX_LISTS:
         raise invalid(f"the document has more than {_MAX_LISTS} lists and objects; send fewer instances, or use gRPC")
+    if body.count(b",") >= _MAX_VALUES:
+        raise invalid(f"the document has more than {_MAX_VALUES} values; send fewer instances, or use gRPC")
     try:
         document = orjson.loads(body)
     except orjson.JSONDecodeError as error:
@@ -64,6 +68,19 @@ def _with_non_finite(body: bytes | bytearray, error: orjson.JSONDecodeError) -> 
         with contextlib.suppress(ValueError, RecursionError):
             return json.loads(body)
     raise invalid(f"JSON Parse error: {error.msg} at offset: {error.pos}") from None
+
+
+def check_count(document: Mapping[str, Any], most: int) -> None:
+    """Refuses more instances than could ever be admitted, before any of them is looked at.
+
+    Raises:
+        Refused: INVALID_ARGUMENT.
+    """
+    inputs = document.get("inputs")
+    columns = inputs.values() if isinstance(inputs, dict) else (inputs,)
+    for rows in (document.get("instances"), *columns):
+        if isinstance(rows, list):
+            check_rows(len(rows), most)
 
 
 def signature_name(document: Mapping[str, Any]) -> str:

@@ -1,18 +1,19 @@
 """Which version of a model is in service, and how the next one takes over.
 
 A new version is loaded and warmed up beside the old one; then one assignment puts it in service. The old one goes when
-its last request is done. A version that cannot be loaded or warmed up is refused for good, with one line, and the old
-one stays.
+its last request is done. A version that cannot be loaded or warmed up is refused with one line, and the old one
+stays; it is tried again when its files have changed, for it may have been seen while it was copied.
 """
 
 import asyncio
 import dataclasses
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 
 from components.pusher import publish
 from components.pusher.pointer import is_number
+from pipeline.serving import faults
 from pipeline.serving.model import Model
 from pipeline.serving.refusal import Code, Refused, invalid
 from trainer_module import progress
@@ -60,7 +61,7 @@ class Versions:
         """
         self._path, self._name, self._load, self._in_service = path, name, load, in_service
         self._current: _Loaded | None = None
-        self._refused: set[int] = set()
+        self._refused: dict[int, Hashable] = {}  # what its files were
         self._said = ""
         self._states: dict[int, State] = {}
 
@@ -79,22 +80,28 @@ class Versions:
         """Looks for another version now and then, for ever."""
         while True:
             await asyncio.sleep(seconds)
-            await self.look()
+            try:
+                await self.look()
+            except Exception as error:  # whatever it is, the next version may be sound
+                faults.log(error)
 
     async def look(self) -> None:
         """Looks for another version once, and puts it in service if it is sound."""
+        assert self._current is not None
         try:
             number, where = await asyncio.to_thread(_find, self._path)
+            if number == self._current.model.version:
+                return
+            files = await asyncio.to_thread(_files, where)  # before it is loaded: what comes later is a change
         except UserError as error:  # it may be there again at the next look
             self._say(f"cannot look for new versions: {error}")
             return
-        assert self._current is not None
-        if number == self._current.model.version or number in self._refused:
+        if self._refused.get(number) == files:
             return
         try:
             await self._take_over(number, where)
         except UserError as error:
-            self._refused.add(number)
+            self._refused[number] = files
             self._say(f"version {number} is refused, {self._current.model.version} stays in service: {error}")
 
     @contextmanager
@@ -147,6 +154,7 @@ class Versions:
             raise
         before, self._current = self._current, _Loaded(model, state)
         state.name = "AVAILABLE"
+        self._refused.pop(number, None)
         self._in_service(number)
         self._forget_old_states()
         if before:
@@ -155,8 +163,14 @@ class Versions:
             self._unload_if_unused(before)
 
     def _load_copy(self, where: str, number: int) -> Model:
-        with publish.local_copy(where) as folder:
-            return self._load(folder, number)
+        try:
+            with publish.local_copy(where) as folder:
+                return self._load(folder, number)
+        except UserError:
+            raise
+        except Exception as error:
+            faults.log(error)
+            raise UserError(f"cannot be taken over: {type(error).__name__}: {faults.words(error)}") from error
 
     def _unload_if_unused(self, loaded: _Loaded) -> None:
         if loaded.state.name == "UNLOADING" and not loaded.users:
@@ -180,3 +194,20 @@ def _find(path: str) -> tuple[int, str]:
     where = at.path(version)
     name = version if is_number(version) else os.path.basename(os.path.abspath(where))
     return int(name) if is_number(name) else 1, where
+
+
+def _files(where: str) -> Hashable:
+    """What tells whether a version has changed: names, sizes and times of its files."""
+    if "://" in where:
+        at, number = publish.model_at(where)
+        return tuple((seen.size, seen.created) for seen in at.look().versions if seen.number == number)
+    paths = (os.path.join(folder, name) for folder, _, names in os.walk(where) for name in names)
+    return tuple(sorted((path, *_size_and_time(path)) for path in paths))
+
+
+def _size_and_time(path: str) -> tuple[int, int]:
+    try:
+        status = os.stat(path)
+    except OSError:  # it has gone meanwhile, or a link leads nowhere
+        return -1, 0
+    return status.st_size, status.st_mtime_ns

@@ -17,6 +17,7 @@ from PIL import Image
 
 from components.image_example_gen import codec
 from components.pusher import publish
+from pipeline import cli
 from pipeline.embed import Summary, embed, load_encoder
 from pipeline.embedding.index import open_index
 from pipeline.embedding.table import About
@@ -103,13 +104,20 @@ def test_tar_shards_are_a_source_like_any_other(tmp_path, pushed, source, pictur
     assert digests == {hashlib.sha256(data).hexdigest() for data in pictures}
 
 
-def test_images_that_are_all_bad_still_give_their_rows(tmp_path, pushed):
+def test_images_that_are_all_bad_still_give_their_rows(tmp_path, pushed, capsys):
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "a.png").write_bytes(b"")
     for name in ("out.npz", "out.parquet"):
         assert embed(str(pushed), str(tmp_path / "bad"), str(tmp_path / name)).errors == 1
         assert read(tmp_path / name)["a.png"]["embedding"] is None
     assert np.load(tmp_path / "out.npz")["embedding"].shape == (1, D)
+    capsys.readouterr()
+    out = str(tmp_path / "out.parquet")
+    Path(out).unlink()
+    assert cli.main(["embed", "--model", str(pushed), "--images", str(tmp_path / "bad"), "--out", out]) == 2
+    said = f"moco: --images {tmp_path}/bad: none could be embedded; column 'error' of {out} says why"
+    assert capsys.readouterr().err.splitlines()[-1] == said
+    assert list(read(tmp_path / "out.parquet")) == ["a.png"]
 
 
 def test_the_rows_are_in_the_order_of_the_names_and_of_the_archives(tmp_path, pushed, pictures):
@@ -216,7 +224,7 @@ def test_a_file_says_what_made_it(tmp_path, pushed, source):
 def test_the_summary_is_one_line():
     assert (
         str(Summary(2226, 3, 128, 511.6, "x.parquet"))
-        == "embedded 2,226 images (3 errors) to x.parquet, 128-d, 512 images/s"
+        == "embedded 2,223 of 2,226 images (3 errors) to x.parquet, 128-d, 512 images/s"
     )
     kept = str(Summary(2226, 0, 128, 511.6, "x.parquet", 1024))
     assert kept == "embedded 2,226 images to x.parquet, 128-d, 512 images/s, 1,024 of them by an earlier start"

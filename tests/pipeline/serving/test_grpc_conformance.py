@@ -95,10 +95,11 @@ def huge() -> tensor_pb2.TensorProto:
         (wrong_version(), CODE.NOT_FOUND, "Specific(half_plus_two, 99)"),
         (wrong_label(), CODE.INVALID_ARGUMENT, "Unrecognized servable version label"),
         (request(signature="no", x=np.float32([1])), CODE.INVALID_ARGUMENT, '"no" not found in signature def'),
-        (request(), CODE.INVALID_ARGUMENT, "others than x"),
-        (request(z=np.float32([1])), CODE.INVALID_ARGUMENT, "others than x"),
-        (request(x=np.int32([1])), CODE.INVALID_ARGUMENT, "has type 3, not 1"),
-        (request(x=[b"a"]), CODE.INVALID_ARGUMENT, "has type 7, not 1"),
+        (request(), CODE.INVALID_ARGUMENT, "the inputs are none, not x"),
+        (request(z=np.float32([1])), CODE.INVALID_ARGUMENT, "the inputs are z, not x"),
+        (request(x=np.int32([1])), CODE.INVALID_ARGUMENT, "has type int32, not float32"),
+        (request(x=[b"a"]), CODE.INVALID_ARGUMENT, "has type string, not float32"),
+        (request(x=tensor_pb2.TensorProto(dtype=99)), CODE.INVALID_ARGUMENT, "has type number 99, not float32"),
         (request(x=np.float32(1)), CODE.INVALID_ARGUMENT, "has shape []"),
         (request(x=np.zeros((0, 2), np.float32)), CODE.INVALID_ARGUMENT, "at least one"),
         (request(x=huge()), CODE.INVALID_ARGUMENT, "is over"),
@@ -157,6 +158,22 @@ def test_status_is_that_of_the_versions(half):
     assert (one.version, one.state) == (123, get_model_status_pb2.ModelVersionStatus.AVAILABLE)
     asked.model_spec.version.value = 99
     assert refused(half.models.GetModelStatus, asked)[0] is CODE.NOT_FOUND
+    asked.model_spec.version_label = "canary"
+    assert refused(half.models.GetModelStatus, asked)[0] is CODE.INVALID_ARGUMENT
+    asked.model_spec.version_label = "stable"
+    (one,) = half.models.GetModelStatus(asked, timeout=20).model_version_status
+    assert one.version == 123
+
+
+@pytest.mark.parametrize(("names", "words"), [(["no"], "not found in signature: no"), (["y", "y"], "twice")])
+def test_an_output_filter_that_is_wrong_is_refused_before_anything_is_computed(half, names, words):
+    asked = request(x=np.float32([1]))
+    asked.output_filter.extend(names)
+    batches = half.metric("batch_rows_count ")
+    code, details = refused(half.prediction.Predict, asked)
+    assert code is CODE.INVALID_ARGUMENT
+    assert words in details
+    assert half.metric("batch_rows_count ") == batches
 
 
 def test_health_and_reflection_answer(half):

@@ -9,6 +9,7 @@ import gzip
 import json
 import logging
 import socket
+import threading
 import time
 import zlib
 from collections.abc import Iterator
@@ -24,7 +25,8 @@ from running_server import Running, busy, running
 from tensorflow_serving.apis import predict_pb2
 
 from pipeline.bench import tiny_requests
-from pipeline.serving.tensors_json import _MAX_LISTS
+from pipeline.serving import tensors_json
+from pipeline.serving.tensors_json import _MAX_LISTS, _MAX_VALUES
 
 PREDICT = "/v1/models/encoder:predict"
 SANE = {200, 400, 404, 413, 429}
@@ -166,6 +168,71 @@ def test_deep_nesting_is_400(server, body, png):
 def test_giant_numbers_of_instances_are_400(server, body, png):
     assert server.post(PREDICT, data=body).status_code == 400
     still_well(server, png(0))
+
+
+@pytest.mark.parametrize("value", [b'""', b"0.5"])
+def test_more_values_than_allowed_are_refused_before_they_are_parsed(server, monkeypatch, value):
+    monkeypatch.setattr(tensors_json.orjson, "loads", None)
+    body = b'{"instances": [' + (value + b",") * _MAX_VALUES + value + b"]}"
+    answer = server.post(PREDICT, data=body)
+    assert (answer.status_code, f"more than {_MAX_VALUES} values" in answer.json()["error"]) == (400, True)
+
+
+@pytest.mark.parametrize("form", ['{"instances": %s}', '{"inputs": %s}', '{"inputs": {"image_bytes": %s}}'])
+def test_more_instances_than_allowed_are_refused_before_any_is_looked_at(server, form):
+    body = form % f"[{'7,' * 2000}7]"  # which are no images
+    answer = server.post(PREDICT, data=body)
+    said = "2001 instances are over the server's limit of 1024 in a request"
+    assert (answer.status_code, answer.json()["error"]) == (400, said)
+
+
+def test_a_large_body_is_read_beside_the_event_loop(server, monkeypatch, png):
+    begun, gate, parse = threading.Event(), threading.Event(), tensors_json.parse
+
+    def slow(body: bytes) -> dict:
+        if len(body) > 2**20:
+            begun.set()
+            gate.wait(20)
+        return parse(body)
+
+    monkeypatch.setattr(tensors_json, "parse", slow)
+    large = {"instances": [instance(png(0))], "more": "x" * 2**20}
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(server.predict, **large)
+        assert begun.wait(20)
+        assert server.predict(instances=[instance(png(0))]).status_code == 200
+        assert not answer.done()
+        gate.set()
+        assert answer.result().status_code == 200
+    still_well(server, png(0))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf"), -1.0, 256.0, 1e30])
+def test_pixels_that_are_none_are_an_error_of_their_row(server, value):
+    pixels = np.full((3, 20, 20, 3), 100, np.float32)
+    alone = server.predict(signature_name="pixels", instances=pixels[:1].tolist()).json()["predictions"][0]
+    pixels[1, 7, 7, 1] = value
+    answer = server.post(PREDICT, data=json.dumps({"signature_name": "pixels", "instances": pixels.tolist()}))
+    body = answer.json()
+    (error,) = body["errors"]
+    assert error["index"] == 1
+    assert error["error"].startswith("not_pixels: its values are ")
+    assert set(body["predictions"][1]) == {None}
+    np.testing.assert_allclose([body["predictions"][0], body["predictions"][2]], [alone, alone], atol=1e-5)
+
+
+def test_pixels_that_an_interpolation_made_are_taken(server):
+    pixels = np.full((1, 20, 20, 3), -0.4, np.float32)
+    pixels[0, :10] = 255.4
+    assert "errors" not in server.predict(signature_name="pixels", instances=pixels.tolist()).json()
+
+
+@pytest.mark.parametrize("digits", [30, 5000])
+def test_a_length_of_many_digits_is_400(server, digits):
+    with socket.create_connection(server.rest.removeprefix("http://").split(":")) as client:
+        client.sendall(b"POST /v1/models/encoder:predict HTTP/1.1\r\nHost: x\r\nContent-Length: ")
+        client.sendall(b"9" * digits + b"\r\n\r\n")
+        assert client.recv(100).startswith(b"HTTP/1.1 400")
 
 
 def test_a_body_over_the_limit_is_413_and_is_never_held(small, png):

@@ -4,6 +4,7 @@ import base64
 import os
 import shutil
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +12,11 @@ import pytest
 import requests
 import tensorflow as tf
 from running_server import Running, running
+from tensorflow.core.protobuf import saved_model_pb2
 from tensorflow_serving.apis import predict_pb2, prediction_log_pb2
 
 from components.pusher import publish
+from pipeline.serving import versions
 from pipeline.serving.model import WARMUP_FILE
 from trainer_module.errors import UserError
 
@@ -104,7 +107,31 @@ def break_computation(folder: Path) -> None:
     tf.saved_model.save(module, str(folder), signatures={"serving_default": module.serving_default})
 
 
-@pytest.mark.parametrize("breaking", [break_graph, break_variables, break_computation])
+def break_warm_up(folder: Path) -> None:
+    (folder / WARMUP_FILE).parent.mkdir(exist_ok=True)
+    with tf.io.TFRecordWriter(str(folder / WARMUP_FILE)) as writer:
+        writer.write(b"\xff\xff no PredictionLog")
+
+
+def break_warm_up_tensor(folder: Path) -> None:
+    request = predict_pb2.PredictRequest()
+    request.inputs["image_bytes"].dtype = 99
+    log = prediction_log_pb2.PredictionLog(predict_log=prediction_log_pb2.PredictLog(request=request))
+    break_warm_up(folder)
+    with tf.io.TFRecordWriter(str(folder / WARMUP_FILE)) as writer:
+        writer.write(log.SerializeToString())
+
+
+def break_signature(folder: Path) -> None:
+    saved = saved_model_pb2.SavedModel.FromString((folder / "saved_model.pb").read_bytes())
+    saved.meta_graphs[0].signature_def["pixels"].outputs["embedding"].name = "NoSuchTensor:0"
+    (folder / "saved_model.pb").write_bytes(saved.SerializeToString())
+
+
+BREAKINGS = [break_graph, break_variables, break_computation, break_warm_up, break_warm_up_tensor, break_signature]
+
+
+@pytest.mark.parametrize("breaking", BREAKINGS)
 def test_a_broken_version_is_refused_with_one_line_and_the_old_one_stays(base, encoders, tmp_path, caplog, breaking):
     with running(base.base) as server:
         first = version(server)
@@ -117,11 +144,69 @@ def test_a_broken_version_is_refused_with_one_line_and_the_old_one_stays(base, e
         (line,) = [record.getMessage() for record in caplog.records if "refused" in record.getMessage()]
         assert line.startswith(f"version {second} is refused, {first} stays in service: ")
         assert "\n" not in line
+        assert not line.endswith("error:")
+        (told,) = server.get(f"/v1/models/encoder/versions/{second}").json()["model_version_status"]
+        assert line.endswith(told["status"]["error_message"])
         assert version(server) == first
         assert states(server) == {first: "AVAILABLE", second: "END"}
         third = int(os.path.basename(publish.publish(str(encoders(2)), base)))
         look(server)
         assert version(server) == third
+
+
+def test_a_version_that_was_seen_half_copied_is_taken_when_it_is_whole(base, encoders, caplog):
+    with running(base.base) as server:
+        second = version(server) + 1
+        folder = Path(base.base) / str(second)
+        shutil.copytree(encoders(1), folder)
+        (Path(base.base) / "latest.json").unlink()
+        variables = folder / "variables" / "variables.data-00000-of-00001"
+        whole = variables.read_bytes()
+        variables.write_bytes(whole[: len(whole) // 2])
+        for _ in range(2):
+            look(server)
+        assert states(server)[second] == "END"
+        assert sum("is refused" in record.getMessage() for record in caplog.records) == 1
+        variables.write_bytes(whole)
+        look(server)
+        assert version(server) == second
+        assert states(server)[second] == "AVAILABLE"
+
+
+def test_a_fault_of_a_look_does_not_end_the_watching(base, encoders, monkeypatch, caplog):
+    found, failed = versions._find, threading.Event()
+
+    def find(path: str) -> tuple[int, str]:
+        if failed.is_set():
+            return found(path)
+        failed.set()
+        raise RuntimeError("secret")
+
+    with running(base.base, poll=0.05) as server:
+        monkeypatch.setattr(versions, "_find", find)
+        assert failed.wait(10)
+        second = int(os.path.basename(publish.publish(str(encoders(1)), base)))
+        end = time.monotonic() + 20
+        while version(server) != second and time.monotonic() < end:
+            time.sleep(0.05)
+        assert version(server) == second
+    (line,) = [record.getMessage() for record in caplog.records if record.name == "moco.serve"]
+    assert line.startswith("RuntimeError at ")
+    assert "secret" not in line
+
+
+@pytest.mark.parametrize("what", [RuntimeError("it\nbroke"), KeyError("x")])
+def test_whatever_a_load_raises_is_a_refusal_in_one_line(base, encoders, monkeypatch, what):
+    def fail(*_) -> None:
+        raise what
+
+    with running(base.base) as server:
+        first = version(server)
+        second = int(os.path.basename(publish.publish(str(encoders(1)), base)))
+        monkeypatch.setattr(server.app._versions, "_load", fail)
+        look(server)
+        assert version(server) == first
+        assert states(server) == {first: "AVAILABLE", second: "END"}
 
 
 def test_a_place_that_cannot_be_read_changes_nothing_and_is_told_once(base, caplog):
@@ -137,15 +222,15 @@ def test_a_place_that_cannot_be_read_changes_nothing_and_is_told_once(base, capl
 def test_the_old_version_goes_when_its_last_request_is_done(base, encoders):
     with running(base.base) as server:
         first = version(server)
-        versions = server.app._versions
+        watched = server.app._versions
 
         async def hold_while_another_takes_over() -> list[str]:
-            with versions.lease("encoder") as model:
+            with watched.lease("encoder") as model:
                 publish.publish(str(encoders(1)), base)
-                await versions.look()
-                during = versions.states("encoder", first)[0].name
+                await watched.look()
+                during = watched.states("encoder", first)[0].name
                 row = model.signatures["pixels"]({"image": np.zeros((1, 20, 20, 3), np.float32)})
-            return [during, row.errors, versions.states("encoder", first)[0].name]
+            return [during, row.errors, watched.states("encoder", first)[0].name]
 
         assert server.wait(hold_while_another_takes_over()) == ["UNLOADING", {}, "END"]
 
@@ -159,6 +244,17 @@ def test_a_model_that_is_named_itself_is_served_by_its_number_or_as_1(base, enco
         publish.publish(str(encoders(1)), base)
         look(server)
         assert version(server) == int(os.path.basename(path))
+
+
+@pytest.mark.parametrize("breaking", [break_warm_up, break_signature])
+def test_a_broken_model_ends_the_start_with_one_line(encoders, tmp_path, breaking):
+    shutil.copytree(encoders(0), tmp_path / "model")
+    breaking(tmp_path / "model")
+    with (
+        pytest.raises(UserError, match=r"cannot be (warmed up|loaded as a SavedModel): \S"),
+        running(tmp_path / "model"),
+    ):
+        pass
 
 
 @pytest.mark.parametrize("what", ["missing", "empty", "broken"])
