@@ -183,10 +183,9 @@ class ViewStream:
         options = tf.data.Options()
         options.autotune.enabled = False  # its thread takes up to a second to end, for every shard
         dataset = tf.data.TFRecordDataset(path, compression_type=compression(path)).with_options(options)
-        records = dataset.as_numpy_iterator()
         try:
             with concurrent.futures.ThreadPoolExecutor(self._threads) as pool:
-                images = self._ordered(pool, (functools.partial(self._read, record) for record in records))
+                images = self._ordered(pool, (functools.partial(self._read, record) for record in dataset))
                 yield from self._ordered(pool, self._calls(images))
         except (tf.errors.InvalidArgumentError, tf.errors.DataLossError) as error:
             raise RuntimeError(f"{path} has a record that cannot be read, though ingestion proved it") from error
@@ -212,7 +211,7 @@ class ViewStream:
             yield pending.popleft().result()
 
 
-def _read_function(job: Job) -> Callable[[bytes], ReadImage]:
+def _read_function(job: Job) -> Callable[[tf.Tensor], ReadImage]:
     """An ingested record to its stored image and, where that is all and saves a second call, its one pair of views."""
 
     @tf.function(input_signature=[tf.TensorSpec([], tf.string)], autograph=False)
