@@ -5,7 +5,8 @@ The proxy passes requests on to the emulator one at a time, and adds what the em
   - `generation` of downloads, and its header;
   - resumable uploads: bytes that were stored already are passed over when they are sent again, and a finished session
     answers again what it answered;
-  - rights, retention policies: answers that a test sets.
+  - rights, retention policies: answers that a test sets;
+  - empty objects.
 A `plan` decides what becomes of a request: it is called with the request's number, from 0, and the request.
 """
 
@@ -17,6 +18,7 @@ import http.client
 import json
 import re
 import socket
+import ssl
 import struct
 import threading
 import time
@@ -25,9 +27,11 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, HTTPServer, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import gcp_storage_emulator.storage
+import public_names
 from gcp_storage_emulator.exceptions import NotFound
 from gcp_storage_emulator.handlers.buckets import create_bucket
 from gcp_storage_emulator.server import RequestHandler
@@ -142,6 +146,14 @@ class Storage:
         names = [item["name"] for item in listed["items"]]
         return {name: self._ask(Request("GET", self._object(name) + "?alt=media", {}, b"")).body for name in names}
 
+    def put(self, name: str, content: bytes) -> None:
+        """Makes an object, by the emulator itself."""
+        query = urllib.parse.urlencode({"uploadType": "media", "name": name})
+        headers = {"content-type": "application/octet-stream"}
+        assert (
+            self._ask(Request("POST", f"/upload/storage/v1/b/{self.bucket}/o?{query}", headers, content)).status == 200
+        )
+
     def serve(self, request: Request) -> Answer:
         """Acts on a request as the service would."""
         with self._turns:
@@ -159,7 +171,7 @@ class Storage:
             return _precondition_failed()
         if request.is_download and "generation" in query and not self._matches(name, query["generation"]):
             return refusal(404, "notFound", "No such generation")
-        answer = self._ask(request)
+        answer = self._ask(_as_multipart(request, name) if _is_empty_upload(request) else request)
         if query.get("uploadType") == "resumable" and answer.status == 200:
             session = dict(urllib.parse.parse_qsl(urllib.parse.urlparse(answer.headers["Location"]).query))["upload_id"]
             self._sessions[session] = _Session(name, query.get("ifGenerationMatch"))
@@ -173,6 +185,8 @@ class Storage:
             return refusal(404, "notFound", "No such upload")
         if session.answer:
             return session.answer
+        if re.fullmatch(r"bytes \*/\d+", request.headers.get("content-range", "")):  # how much is there?
+            return Answer(308, {"Range": f"bytes=0-{session.stored - 1}"} if session.stored else {}, b"")
         asked = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+|\*)", request.headers.get("content-range", ""))
         if asked and int(asked[1]) < session.stored:  # some of it was stored by an earlier try
             fresh = request.body[session.stored - int(asked[1]) :]
@@ -223,6 +237,7 @@ def _stop(server: HTTPServer) -> None:
     threading.Thread(target=lambda: (server.shutdown(), server.server_close()), daemon=True).start()
 
 
+_PUBLIC = ("www.googleapis.com", "storage.googleapis.com")
 _HOP_BY_HOP = ("connection", "content-length", "transfer-encoding", "date", "server", "accept-encoding", "expect")
 
 
@@ -238,6 +253,18 @@ class _Session:
     condition: str | None
     stored: int = 0
     answer: Answer | None = None
+
+
+def _is_empty_upload(request: Request) -> bool:
+    return request.query.get("uploadType") == "media" and not request.body
+
+
+def _as_multipart(request: Request, name: str) -> Request:
+    """The upload of an empty object in the one form in which the emulator understands it."""
+    parts = [b"Content-Type: application/json\r\n\r\n{}", b"Content-Type: application/octet-stream\r\n\r\n"]
+    body = b"".join(b"--part\r\n" + part + b"\r\n" for part in parts) + b"--part--\r\n"
+    path = re.sub("uploadType=media", "uploadType=multipart", request.path)
+    return Request(request.method, path, {"content-type": "multipart/related; boundary=part"}, body)
 
 
 def _precondition_failed() -> Answer:
@@ -259,13 +286,17 @@ class _Server(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 128
 
-    def __init__(self, storage: Storage, plan: Plan, slow: bool):
+    def __init__(self, storage: Storage, plan: Plan, slow: bool, tls: ssl.SSLContext | None):
         super().__init__(("127.0.0.1", 0), _Handler)
-        self.storage, self.plan, self.slow = storage, plan, slow
+        self.storage, self.plan, self.slow, self.tls = storage, plan, slow, tls
         if slow:  # else the system takes in what the client sends, however slowly we read
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         self.requests: list[Request] = []
         self.numbers = threading.Lock()
+
+    def finish_request(self, request: Any, client_address: Any) -> None:
+        """Greets the client in its own thread, where a slow one keeps nobody waiting."""
+        super().finish_request(self.tls.wrap_socket(request, server_side=True) if self.tls else request, client_address)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Says nothing: clients that are killed, and connections that we reset ourselves, are what is tested."""
@@ -299,6 +330,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(request, fault)
 
     def _body(self, length: int) -> bytes:
+        if self.headers.get("Transfer-Encoding") == "chunked":  # as TensorFlow's client sends, with a length besides
+            return b"".join(iter(self._chunk, b""))
         if not self.server.slow:
             return self.rfile.read(length)
         driblets = []
@@ -306,6 +339,12 @@ class _Handler(BaseHTTPRequestHandler):
             time.sleep(0.02)
             driblets.append(self.rfile.read(min(max(1, length // 8), length - start)))
         return b"".join(driblets)
+
+    def _chunk(self) -> bytes:
+        line = self.rfile.readline().strip()
+        chunk = self.rfile.read(int(line, 16)) if line else b""  # no line: the client was killed
+        self.rfile.readline()
+        return chunk
 
     do_POST = do_PUT = do_DELETE = do_PATCH = do_GET
 
@@ -341,7 +380,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _send(self, answer: Answer, fault: Fault | None = None) -> None:
         self.send_response_only(answer.status)
         for key, value in answer.headers.items():
-            self.send_header(key, value)
+            # The emulator takes itself to be reached without TLS.
+            self.send_header(key, re.sub("^http:", "https:", value) if self.server.tls else value)
         self.send_header("Content-Length", str(len(answer.body)))
         self.end_headers()
         half = len(answer.body) // 2
@@ -393,9 +433,37 @@ def storage(bucket: str = "models") -> Iterator[Storage]:
 
 
 @contextmanager
-def proxy(behind: Storage, plan: Plan = no_faults, slow: bool = False) -> Iterator[_Server]:
+def public(behind: Storage, folder: Path, plan: Plan = no_faults) -> Iterator[tuple[_Server, dict[str, str]]]:
+    """A proxy under the service's own names, and the environment by which a process's clients come here.
+
+    It is the only way for TensorFlow's gs:// file system, which knows no other address.
+
+    Args:
+        behind, plan: see `proxy`.
+        folder: for the certificate.
+    """
+    key, certificate = public_names.certificate(*_PUBLIC)
+    (folder / "key.pem").write_bytes(key)
+    (folder / "roots.pem").write_bytes(certificate)
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(folder / "roots.pem", folder / "key.pem")
+    with proxy(behind, plan, tls=context) as server, public_names.all_led_to(server.server_port) as https_proxy:
+        yield (
+            server,
+            {
+                "https_proxy": https_proxy,
+                "CURL_CA_BUNDLE": str(folder / "roots.pem"),
+                "GOOGLE_AUTH_TOKEN_FOR_TESTING": "token",
+            },
+        )
+
+
+@contextmanager
+def proxy(
+    behind: Storage, plan: Plan = no_faults, slow: bool = False, tls: ssl.SSLContext | None = None
+) -> Iterator[_Server]:
     """A proxy; `server_port` is where it listens, `requests` what it was asked; `slow` takes uploads in driblets."""
-    server = _Server(behind, plan, slow)
+    server = _Server(behind, plan, slow, tls)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
     thread.start()
     try:

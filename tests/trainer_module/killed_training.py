@@ -2,9 +2,12 @@
 
 import functools
 import logging
+import os
 import signal
+from collections.abc import Mapping
 from multiprocessing.synchronize import Event
 from pathlib import Path
+from types import MappingProxyType
 
 import keras
 import numpy as np
@@ -24,11 +27,21 @@ STEPS = IMAGES // BATCH
 AUGMENT = AugmentConfig(size=SIZE, pairs_per_image=2, hue=0, saturation=0, blur_probability=0)
 
 
-def main(split: str, folder: str, where: str, epochs: int, checkpoint_seconds: float, training: Event) -> None:
+def main(
+    split: str,
+    folder: str,
+    where: str,
+    epochs: int,
+    checkpoint_seconds: float,
+    training: Event,
+    checkpoints: str = "",
+    environment: Mapping[str, str] = MappingProxyType({}),
+) -> None:
     """Trains to the end from wherever it stands, and writes the final state to FOLDER/state.npz.
 
-    Sets the event once the first step is done.
+    Sets the event once the first step is done. `checkpoints` is FOLDER/checkpoints by default.
     """
+    os.environ.update(environment)
     _set_at_first_report(training)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as the command line does
     augment = AugmentConfig(**{**AUGMENT.__dict__, "where": Where[where]})
@@ -58,7 +71,8 @@ def main(split: str, folder: str, where: str, epochs: int, checkpoint_seconds: f
     )
     driver = Driver(moco, config, strategy)
     data = functools.partial(dataset_from, source, augment, SEED, epochs, BATCH)
-    train(driver, strategy, data, config, STEPS, f"{folder}/checkpoints", f"{folder}/logs", {"seed": SEED})
+    checkpoints = checkpoints or f"{folder}/checkpoints"
+    train(driver, strategy, data, config, STEPS, checkpoints, f"{folder}/logs", {"seed": SEED})
     np.savez(Path(folder) / "state.npz", **named(driver.state()))
 
 

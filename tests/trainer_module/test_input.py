@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 
+import faulty_storage
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -137,6 +138,24 @@ def test_going_on_makes_no_views_of_the_steps_that_are_done(split_dir, monkeypat
     rest = batches(split_dir, PLAIN_TRAINER, epochs=1, start=3)
     assert len(rest) == 1
     assert len(made) == 5
+
+
+def test_views_on_cloud_storage_are_read_as_those_on_disk(split_dir, tmp_path, monkeypatch):
+    """By TensorFlow's own client of gs://, over TLS, to a server that it takes for the public one."""
+    with (
+        faulty_storage.storage("runs") as bucket,
+        faulty_storage.public(bucket, tmp_path) as (_, environment),
+    ):
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        for file in (file for file in split_dir.parent.rglob("*") if file.is_file()):
+            name, content = file.relative_to(split_dir.parent), file.read_bytes()
+            bucket.put(f"views/1/{name}", content)
+            bucket.put(f"views/3/{name}", content[:-1] if "p0001-00001" in file.name else content)
+        there = batches(f"gs://runs/views/1/{split_dir.name}", BEAM, epochs=2)
+        refused = refusal(lambda: open_source(f"gs://runs/views/3/{split_dir.name}", BEAM))
+    np.testing.assert_array_equal(there, batches(split_dir, BEAM, epochs=2))
+    assert re.match(rf"gs://runs/views/3/{split_dir.name}/views-p0001-00001-\S+ has \d+ bytes instead of", refused)
 
 
 def test_views_made_by_the_trainer_are_those_that_beam_stored(epochs_of):

@@ -2,8 +2,10 @@
 
 import multiprocessing
 import random
+import re
 import time
 
+import faulty_storage
 import killed_training
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from view_files import write_views
 
 pytestmark = pytest.mark.long
 
-EPOCHS, EVERY_LOOP, NEVER = 60, 0.0, 1e9
+EPOCHS, EVERY_LOOP, SOMETIMES, NEVER = 60, 0.0, 0.3, 1e9
 KILLS = 2
 
 
@@ -29,10 +31,10 @@ def start(split):
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["killed_training"])
 
-    def start_training(folder, where, checkpoint_seconds):
+    def start_training(folder, where, checkpoint_seconds, **elsewhere):
         training = context.Event()
         arguments = (str(split), str(folder), where, EPOCHS, checkpoint_seconds, training)
-        process = context.Process(target=killed_training.main, args=arguments)
+        process = context.Process(target=killed_training.main, args=arguments, kwargs=elsewhere)
         process.start()
         return process, training
 
@@ -45,7 +47,11 @@ def run_to_the_end(process, _):
 
 
 def newest_step(folder):
-    return max((int(file.stem.removeprefix("step-")) for file in folder.glob("checkpoints/*.index")), default=0)
+    return step_of(file.name for file in folder.glob("checkpoints/*"))
+
+
+def step_of(names):
+    return max((int(found[1]) for name in names if (found := re.search(r"step-(\d+)\.index$", name))), default=0)
 
 
 def final_state(folder):
@@ -94,3 +100,30 @@ def test_sigterm_saves_before_it_ends_the_training_which_then_goes_on_to_the_sam
     assert 0 < newest_step(tmp_path) < EPOCHS * killed_training.STEPS
     run_to_the_end(*start(tmp_path, "beam", NEVER))
     assert_ends_as(tmp_path, unbroken["beam"])
+
+
+def test_on_cloud_storage_that_refuses_at_times_kills_change_no_bit_either(start, unbroken, tmp_path):
+    """By TensorFlow's own client of gs://, over TLS, to a server that it takes for the public one."""
+    moments, steps = random.Random(0), []
+    quick = {"GCS_RETRY_CONFIG_INIT_DELAY_TIME_US": "1000", "GCS_RETRY_CONFIG_MAX_DELAY_TIME_US": "1000"}
+    with (
+        faulty_storage.storage("runs") as bucket,
+        faulty_storage.public(bucket, tmp_path, _every_13th_unavailable) as (server, environment),
+    ):
+        there = {"checkpoints": "gs://runs/mine/checkpoints", "environment": {**environment, **quick}}
+        for _ in range(KILLS):
+            last = len(server.requests) + moments.randrange(30, 90)
+            process, _ = start(tmp_path, "beam", SOMETIMES, **there)
+            while len(server.requests) < last and process.is_alive():
+                time.sleep(0.002)
+            process.kill()
+            process.join()
+            steps.append(step_of(bucket.objects()))
+        run_to_the_end(*start(tmp_path, "beam", SOMETIMES, **there))
+        assert step_of(bucket.objects()) == EPOCHS * killed_training.STEPS
+    assert 0 < steps[-1] < EPOCHS * killed_training.STEPS
+    assert_ends_as(tmp_path, unbroken["beam"])
+
+
+def _every_13th_unavailable(number, _):
+    return faulty_storage.Fault.unavailable if number % 13 == 12 else None

@@ -1,22 +1,18 @@
 """Vertex AI's JobService on loopback, for clients that know only its public name.
 
-Clients are told by environment variables alone, as a company's network would: a proxy (https_proxy) that leads every
-name here, the roots of certificates that they trust, and a service account's key file.
+Clients are told by environment variables alone, as a company's network would: a proxy and the roots of certificates
+(see public_names), and a service account's key file.
 """
 
 import contextlib
-import datetime
 import json
-import socket
 import threading
 from collections.abc import Callable, Iterator
 from concurrent import futures
 from pathlib import Path
 
 import grpc
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import rsa
+import public_names
 from google.cloud.aiplatform_v1.types import CreateCustomJobRequest, CustomJob, GetCustomJobRequest, JobState
 
 _SERVICE = "google.cloud.aiplatform.v1.JobService"
@@ -67,13 +63,11 @@ def served(service: JobService, host: str, folder: Path) -> Iterator[dict[str, s
         host: e.g. us-central1-aiplatform.googleapis.com.
         folder: for the certificate and the key file.
     """
-    key, certificate = _certificate(host)
+    key, certificate = public_names.certificate(host)
     server = grpc.server(futures.ThreadPoolExecutor(4))
     server.add_generic_rpc_handlers([_handlers(service)])
     port = server.add_secure_port("127.0.0.1:0", grpc.ssl_server_credentials([(key, certificate)]))
     server.start()
-    proxy = socket.create_server(("127.0.0.1", 0))
-    threading.Thread(target=_lead_here, args=(proxy, port), daemon=True).start()
     (folder / "roots.pem").write_bytes(certificate)
     account = {
         "type": "service_account",
@@ -86,13 +80,13 @@ def served(service: JobService, host: str, folder: Path) -> Iterator[dict[str, s
     }
     (folder / "account.json").write_text(json.dumps(account))
     try:
-        yield {
-            "https_proxy": f"http://127.0.0.1:{proxy.getsockname()[1]}",
-            "GRPC_DEFAULT_SSL_ROOTS_FILE_PATH": str(folder / "roots.pem"),
-            "GOOGLE_APPLICATION_CREDENTIALS": str(folder / "account.json"),
-        }
+        with public_names.all_led_to(port) as proxy:
+            yield {
+                "https_proxy": proxy,
+                "GRPC_DEFAULT_SSL_ROOTS_FILE_PATH": str(folder / "roots.pem"),
+                "GOOGLE_APPLICATION_CREDENTIALS": str(folder / "account.json"),
+            }
     finally:
-        proxy.close()
         server.stop(None)
 
 
@@ -109,49 +103,3 @@ def _handlers(service: JobService) -> grpc.GenericRpcHandler:
             "GetCustomJob": unary(service.get, GetCustomJobRequest),
         },
     )
-
-
-def _certificate(host: str) -> tuple[bytes, bytes]:
-    key = rsa.generate_private_key(public_exponent=65537, key_size=2048)
-    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "test")])
-    day = datetime.timedelta(days=1)
-    now = datetime.datetime.now(datetime.timezone.utc)
-    certificate = (
-        x509.CertificateBuilder()
-        .subject_name(name)
-        .issuer_name(name)
-        .public_key(key.public_key())
-        .serial_number(1)
-        .not_valid_before(now - day)
-        .not_valid_after(now + day)
-        .add_extension(x509.SubjectAlternativeName([x509.DNSName(host)]), critical=False)
-        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
-        .sign(key, hashes.SHA256())
-    )
-    private = key.private_bytes(
-        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    )
-    return private, certificate.public_bytes(serialization.Encoding.PEM)
-
-
-def _lead_here(proxy: socket.socket, port: int) -> None:
-    """An HTTP proxy that takes every CONNECT for one to our port."""
-    while True:
-        try:
-            client, _ = proxy.accept()
-        except OSError:
-            return
-        asked = b""
-        while b"\r\n\r\n" not in asked:
-            asked += client.recv(4096)
-        target = socket.create_connection(("127.0.0.1", port))
-        client.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
-        for one, other in ((client, target), (target, client)):
-            threading.Thread(target=_pump, args=(one, other), daemon=True).start()
-
-
-def _pump(one: socket.socket, other: socket.socket) -> None:
-    with contextlib.suppress(OSError):
-        while data := one.recv(65536):
-            other.sendall(data)
-        other.shutdown(socket.SHUT_WR)
