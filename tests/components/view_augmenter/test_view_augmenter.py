@@ -5,6 +5,9 @@ import hashlib
 import io
 import json
 import logging
+import multiprocessing
+import os
+import re
 import shutil
 import tarfile
 from collections import namedtuple
@@ -12,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import apache_beam as beam
+import faulty_storage
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -96,8 +100,19 @@ def run(
     **examples_options: bool,
 ) -> standard_artifacts.Examples:
     examples = make_examples(folder / "examples", shards, **examples_options)
+    return execute(examples, str(folder / "views"), folder, augment, beam_args)
+
+
+def execute(
+    examples: standard_artifacts.Examples,
+    uri: str,
+    folder: Path,
+    augment: AugmentConfig = AUGMENT,
+    beam_args: tuple[str, ...] = (),
+) -> standard_artifacts.Examples:
+    """The executor's work on a set of examples, its output at `uri`."""
     views = standard_artifacts.Examples()
-    views.uri = str(folder / "views")
+    views.uri = uri
     context = BaseBeamExecutor.Context(beam_pipeline_args=[*BEAM_ARGUMENTS, *beam_args], tmp_dir=str(folder))
     properties: dict[str, Any] = {
         "image": config_json.dumps(IMAGE),
@@ -346,6 +361,45 @@ def test_a_retried_bundle_leaves_the_same_files(tmp_path: Path) -> None:
         contents.append({p.name: p.read_bytes() for p in Path(job.split_folder).iterdir()})
     assert contents[0] == contents[1]
     assert not list(Path(job.scratch).iterdir())
+
+
+def test_on_cloud_storage_the_same_bytes_are_written_as_on_disk(tmp_path: Path) -> None:
+    """In a process of its own, by TensorFlow's and Beam's own clients of gs://."""
+    local = Path(run(tmp_path / "disk", shards=2).uri)
+    with (
+        faulty_storage.storage("runs") as bucket,
+        faulty_storage.public(bucket, tmp_path) as (_, environment),
+        faulty_storage.proxy(bucket, _gives_tokens) as plain,
+    ):
+        account = tmp_path / "account.json"
+        key = (tmp_path / "key.pem").read_text()
+        service = {"type": "service_account", "client_email": "moco@p.iam.gserviceaccount.com", "private_key": key}
+        account.write_text(json.dumps({**service, "token_uri": f"{faulty_storage.url(plain)}/token"}))
+        environment["STORAGE_EMULATOR_HOST"] = faulty_storage.url(plain)
+        environment["GOOGLE_APPLICATION_CREDENTIALS"] = str(account)
+        for file in (tmp_path / "disk" / "examples").rglob("*.tfrecord"):
+            bucket.put(f"examples/{file.relative_to(tmp_path / 'disk' / 'examples')}", file.read_bytes())
+        process = multiprocessing.get_context("spawn").Process(target=_run_on_cloud, args=(environment, tmp_path))
+        process.start()
+        process.join()
+        written = bucket.objects()
+    assert process.exitcode == 0
+    there = {name.removeprefix("views/"): data for name, data in written.items() if re.match("views/.*[^/]$", name)}
+    assert there == {str(file.relative_to(local)): file.read_bytes() for file in local.rglob("*") if file.is_file()}
+
+
+def _gives_tokens(_: int, request: faulty_storage.Request) -> faulty_storage.Answer | None:
+    token = json.dumps({"access_token": "token", "expires_in": 3600, "token_type": "Bearer"})
+    found = request.path == "/token"
+    return faulty_storage.Answer(200, {"Content-Type": "application/json"}, token.encode()) if found else None
+
+
+def _run_on_cloud(environment: dict[str, str], folder: Path) -> None:
+    os.environ.update(environment)
+    examples = standard_artifacts.Examples()
+    examples.split_names = artifact_utils.encode_split_names(["train", "eval"])
+    examples.uri = "gs://runs/examples"
+    execute(examples, "gs://runs/views", folder)
 
 
 def test_an_unreadable_record_is_an_error_of_ours_and_nothing_counts_as_done(tmp_path: Path) -> None:
