@@ -30,6 +30,7 @@ from trainer_module.moco import Metrics
 RANK_KEYS = 2048  # of the queue's newest keys, on which the effective rank is measured
 _REPORT_SECONDS = 0.5
 _FLUSH_SECONDS = 10.0
+_POINTS = 1_000_000  # of TensorBoard that may wait
 
 T = TypeVar("T")
 
@@ -147,7 +148,8 @@ class Watch:
         folder = f"{os.fspath(log_dir).rstrip('/')}/train"
         self._file = MetricsFile(f"{folder}/{FILE}", start)
         _mark_start(start, folder)
-        self._writer = tf.summary.create_file_writer(folder)
+        self._writer = tf.summary.create_file_writer(folder, max_queue=_POINTS)
+        self._untold: list[Interval] = []  # to TensorBoard
         self._history = functools.reduce(lambda h, i: judge(h, i, config)[0], self._file.kept, History())
         self._kept = start or None
         self._pending: list[Metrics] = []
@@ -195,7 +197,7 @@ class Watch:
         """
         self._read_losses()
         check_weights(finite_parts(state), done, self._kept, self._config)
-        self._file.flush()
+        self._flush()
 
     def saved(self, step: int) -> None:
         """To be called once a checkpoint of that step is whole."""
@@ -212,8 +214,8 @@ class Watch:
 
     def result(self) -> Result:
         """What training did, once it is over."""
+        self._flush()
         self._writer.close()
-        self._file.flush()
         means = Metrics(*(float(np.mean(values)) for values in zip(*self._last_steps, strict=True)))
         alarms = {kind.value: text for kind, text in sounding(self._file.intervals(), self._config).items()}
         return Result(
@@ -225,6 +227,21 @@ class Watch:
             alignment=means.alignment,
             alarms=alarms,
         )
+
+    def _flush(self) -> None:
+        """Writes the curves out, both kinds at once: a bucket rewrites the whole file for each write."""
+        self._file.flush()
+        self._flushed = time.monotonic()
+        if self._untold:
+            with self._writer.as_default():  # at whose end TensorFlow writes
+                for interval in self._untold:
+                    self._write_points(interval)
+            self._untold.clear()
+
+    def _write_points(self, interval: Interval) -> None:
+        for name, value in dataclasses.asdict(interval).items():
+            if name not in _COUNTERS and math.isfinite(value):
+                tf.summary.scalar(name, value, step=interval.step)
 
     def _crosses(self, every: int, before: int) -> bool:
         return self._seen // every > before // every
@@ -245,7 +262,7 @@ class Watch:
         try:
             check_losses(losses, self._closed + 1, self._kept, self._config)
         except UserError:
-            self._file.flush()  # what led there is what one wants to look at now
+            self._flush()  # what led there is what one wants to look at now
             raise
 
     def _close(self) -> None:
@@ -289,13 +306,9 @@ class Watch:
 
     def _tell(self, interval: Interval) -> None:
         self._file.add(interval)
+        self._untold.append(interval)
         if time.monotonic() - self._flushed > _FLUSH_SECONDS:
-            self._file.flush()
-            self._flushed = time.monotonic()
-        with self._writer.as_default(step=interval.step):
-            for name, value in dataclasses.asdict(interval).items():
-                if name not in _COUNTERS and math.isfinite(value):
-                    tf.summary.scalar(name, value)
+            self._flush()
         self._intervals = [i for i in self._intervals if i.step > self._seen - self._steps_per_epoch] + [interval]
         self._history, alarms = judge(self._history, interval, self._config)
         for alarm in alarms:

@@ -72,7 +72,7 @@ def main(
     driver = Driver(moco, config, strategy)
     data = functools.partial(dataset_from, source, augment, SEED, epochs, BATCH)
     checkpoints = checkpoints or f"{folder}/checkpoints"
-    train(driver, strategy, data, config, STEPS, checkpoints, f"{folder}/logs", {"seed": SEED})
+    train(driver, strategy, data, config, STEPS, checkpoints, f"{checkpoints}/logs", {"seed": SEED})
     np.savez(Path(folder) / "state.npz", **named(driver.state()))
 
 

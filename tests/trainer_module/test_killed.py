@@ -1,8 +1,10 @@
 """Training in a process of its own, killed at random moments: it ends with the weights of an unbroken run."""
 
+import json
 import multiprocessing
 import random
 import re
+import signal
 import time
 
 import faulty_storage
@@ -112,15 +114,19 @@ def test_on_cloud_storage_that_refuses_at_times_kills_change_no_bit_either(start
     ):
         there = {"checkpoints": "gs://runs/mine/checkpoints", "environment": {**environment, **quick}}
         for _ in range(KILLS):
-            last = len(server.requests) + moments.randrange(30, 90)
+            last = len(server.requests) + moments.randrange(45, 80)
             process, _ = start(tmp_path, "beam", SOMETIMES, **there)
             while len(server.requests) < last and process.is_alive():
                 time.sleep(0.002)
             process.kill()
             process.join()
+            assert process.exitcode == -signal.SIGKILL
             steps.append(step_of(bucket.objects()))
         run_to_the_end(*start(tmp_path, "beam", SOMETIMES, **there))
-        assert step_of(bucket.objects()) == EPOCHS * killed_training.STEPS
+        written = bucket.objects()
+    curves = [json.loads(line)["step"] for line in written["mine/checkpoints/logs/train/metrics.jsonl"].splitlines()]
+    assert curves == sorted(set(curves))
+    assert curves[-1] == step_of(written) == EPOCHS * killed_training.STEPS
     assert 0 < steps[-1] < EPOCHS * killed_training.STEPS
     assert_ends_as(tmp_path, unbroken["beam"])
 

@@ -210,15 +210,43 @@ def test_intervals_survive_their_way_through_the_file(tmp_path: Path):
     assert read_intervals(str(tmp_path / "none.jsonl")) == ()
 
 
+def events(folder: Path) -> dict[str, list[int]]:
+    """Steps of TensorBoard's points by their name."""
+    points: dict[str, list[int]] = {}
+    for path in (folder / "train").glob("events*"):
+        for event in tf.compat.v1.train.summary_iterator(str(path)):
+            for value in event.summary.value:
+                points.setdefault(value.tag, []).append(event.step)
+    return points
+
+
+def test_curves_are_written_out_before_each_checkpoint_and_every_ten_seconds_but_not_with_each_interval(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    now = [100.0]
+
+    def tick() -> float:
+        now[0] += 0.001
+        return now[0]
+
+    monkeypatch.setattr("trainer_module.watch.time", types.SimpleNamespace(monotonic=tick, time=time.time))
+    watch = make(tmp_path, total=400)
+    drive(watch, 0, 100)  # 25 intervals of 14 points each
+    assert not events(tmp_path).get("loss")
+    watch.check_finite(100, of_step(100))
+    assert events(tmp_path)["loss"][-1] == lines(tmp_path)[-1]["step"] == 100
+    drive(watch, 100, 200)
+    assert events(tmp_path)["loss"][-1] == 100
+    now[0] += 11
+    drive(watch, 200, 212)
+    assert events(tmp_path)["loss"][-1] == lines(tmp_path)[-1]["step"] == 204
+
+
 def test_the_curves_are_tensorboards_too(tmp_path: Path):
     watch = make(tmp_path, knn=lambda: 0.5)
     drive(watch, 0, TOTAL)
     watch.result()
-    points: dict[str, list[int]] = {}
-    for path in (tmp_path / "train").glob("events*"):
-        for event in tf.compat.v1.train.summary_iterator(str(path)):
-            for value in event.summary.value:
-                points.setdefault(value.tag, []).append(event.step)
+    points = events(tmp_path)
     assert points["loss"] == [4, 8, 12, 16, 20, 24]
     assert points["knn_top1"] == [12, 24]
     assert {"effective_rank", "images_per_second", "step_ms", "input_wait_share", "learning_rate"} <= set(points)
