@@ -20,14 +20,15 @@ V5E = parse_topology("v5e:2x4")
 GIB = 2**30
 STEP = Compiled(
     flops=197e12 * 0.010,  # 10 ms of a v5e
-    bytes_accessed=819e9 * 0.020,
+    bytes_accessed=819e9 * 1.5,  # of what crosses HBM most more than once, and what does not
     memory=Memory(arguments=3 * GIB, results=0, in_place=2 * GIB, temporaries=2 * GIB, code=GIB // 10),
     parts={"weights f_q": GIB, "views": GIB},
     exchanged=(Collective("all-reduce", "key_shuffle", 1, 4_800_000, 8_400_000),),
     collectives=(),
     collective_instructions={"all-reduce": 1},
     bytes_by_part={"loss": 1},
-    hbm_bytes_by_part={"loss": 1},
+    hbm_bytes_by_part={"loss": int(819e9 * 0.015), "sgd": int(819e9 * 0.005)},
+    cycles_by_part={"loss": 10**6},
     versions={"jax": "1"},
     seconds=1.0,
 )
