@@ -11,7 +11,7 @@ from pipeline.tpu.analysis import Compiled, Compiler, Refused, Request, request_
 from pipeline.tpu.chips import Topology
 from pipeline.tpu.fit import Fit, largest_batch
 from pipeline.tpu.hlo import PARTS
-from trainer_module.config import share_unit
+from trainer_module.config import KeyBnMode, recommended, share_unit
 
 _GIB, _MB = 2**30, 1e6
 
@@ -77,7 +77,7 @@ def run(
         for request, topology in requests:
             result = compiler.compile(request, topology)
             found = _fit(compiler, request, topology) if fit else None
-            for text in _lines(request, topology, result, found):
+            for text in report_lines(request, topology, result, found):
                 console.line(text)
             reports.append(as_json(request, topology, result, found))
     if json_file:
@@ -144,11 +144,12 @@ def _size(count: float) -> str:
     return f"{count:.0f} bytes"
 
 
-def _lines(request: Request, topology: Topology, result: Compiled | Refused, fit: Fit | None) -> Iterator[str]:
+def report_lines(request: Request, topology: Topology, result: Compiled | Refused, fit: Fit | None) -> Iterator[str]:
+    """The report of one slice as it is printed."""
     train = request.train
     yield (
         f"{topology}: {request.encoder.name}, {request.size} px, {request.batch_per_core} images on each of "
-        f"{request.replicas} cores, {train.precision.name}, K {train.queue:,}, key BN {train.key_bn.mode.name}"
+        f"{request.replicas} cores, {train.precision.name}, K {train.queue:,}, key BN {_key_bn(request)}"
     )
     yield f"  {verdict(result, request, topology)}"
     if isinstance(result, Compiled):
@@ -157,6 +158,12 @@ def _lines(request: Request, topology: Topology, result: Compiled | Refused, fit
         yield f"  the compiler: {result.said.partition(chr(10))[0][:300]}"
     if fit:
         yield f"  {fit.words()}"
+
+
+def _key_bn(request: Request) -> str:
+    mode = request.train.key_bn.mode
+    taken = recommended(request.replicas, request.batch_per_core)
+    return f"auto, here {taken.name}" if mode is KeyBnMode.auto else mode.name
 
 
 def _tables(result: Compiled, topology: Topology) -> Iterator[str]:

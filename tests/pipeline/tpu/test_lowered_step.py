@@ -18,11 +18,11 @@ from reference import STATS, WEIGHTS, Outcome, Reference, State, pairs_of_views
 from pipeline.tpu.analysis import Request
 from trainer_module import config_json
 from trainer_module.build import build, first_state
-from trainer_module.config import EncoderConfig, Head, KeyBnConfig, KeyBnMode, Precision, TrainConfig
+from trainer_module.config import EncoderConfig, Head, KeyBnConfig, KeyBnMode, Precision, TrainConfig, recommended
 from trainer_module.driver import Driver, learning_rate, named
 from trainer_module.lowering import MEAN, STD, STEPS_PER_EPOCH
 from trainer_module.moco import Metrics
-from trainer_module.shuffle import permutation, recommended, shuffle_keys
+from trainer_module.shuffle import permutation, shuffle_keys
 from trainer_module.strategy import make_strategy
 
 pytestmark = pytest.mark.long

@@ -10,7 +10,7 @@ from pipeline.config import Config, load
 from pipeline.tpu.analysis import Compiled, Memory, Refused, request_for
 from pipeline.tpu.chips import parse_topology
 from pipeline.tpu.hlo import Collective
-from pipeline.tpu.report import hbm_parts, roofline, verdict
+from pipeline.tpu.report import hbm_parts, report_lines, roofline, verdict
 from trainer_module.config import KeyBnConfig, KeyBnMode
 from trainer_module.errors import UserError
 
@@ -75,6 +75,12 @@ def test_what_does_not_fit_says_how_much_it_needs():
 
 def test_the_parts_of_the_memory_are_all_of_it():
     assert sum(hbm_parts(STEP).values()) == STEP.memory.total
+
+
+@pytest.mark.parametrize(("batch", "mode"), [(32, "all_to_all"), (12, "butterfly"), (3, "cross_replica_sum")])
+def test_the_mode_that_auto_takes_is_named(batch, mode):
+    first = next(report_lines(step_of(KeyBnMode.auto, batch), V5E, STEP, None))
+    assert first.endswith(f"key BN auto, here {mode}")
 
 
 @pytest.mark.parametrize(("batch", "share"), [(None, 32), (64, 64)])
