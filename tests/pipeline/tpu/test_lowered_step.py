@@ -284,7 +284,7 @@ MODES = list(KeyBnMode)
 
 
 # Tracing eight replicas takes the driver ten seconds, so it does that for the modes that move images only.
-WITH_THE_TRAINER = [(mode, 2) for mode in MODES] + [(mode, r) for mode in MODES[:2] for r in (4, 8)]
+WITH_THE_TRAINER = [(mode, 2) for mode in MODES] + [(mode, r) for mode in MODES[:3] for r in (4, 8)]
 
 
 @pytest.mark.parametrize(("mode", "replicas"), WITH_THE_TRAINER, ids=lambda value: getattr(value, "name", value))
