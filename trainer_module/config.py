@@ -65,7 +65,7 @@ class KeyBnMode(enum.Enum):
     cross_replica_sum = "cross_replica_sum"  # a permutation of the global batch, moved by a sum over the replicas
     all_to_all = "all_to_all"  # random local order, equal shares to every replica, random local order
     butterfly = "butterfly"  # log2(R) stages: random local order, half the rows change places with a partner's
-    auto = "auto"  # of these three the one with the least traffic, see trainer_module.shuffle.recommended
+    auto = "auto"  # of these three the one with the least traffic, see `recommended`
     host = "host"  # key views arrive shuffled among the replicas of their host
     stored = "stored"  # statistics of an earlier key batch
     ema = "ema"  # EMAN: the momentum average of the query's running statistics
@@ -315,6 +315,22 @@ def shuffles_replicas(mode: KeyBnMode) -> bool:
 def is_power_of_two(number: int) -> bool:
     """Of replicas, the mode `butterfly` needs one."""
     return number > 0 and number & (number - 1) == 0
+
+
+def recommended(replicas: int, n: int) -> KeyBnMode:
+    """Of the modes that move images between cores, the one with the least traffic.
+
+    Rows that a core receives at a step: all_to_all n (R - 1) / R, butterfly n / 2 log2(R), cross_replica_sum
+    2 n (R - 1), whose buffer also holds n R rows.
+
+    Args:
+        replicas: R.
+        n: images of a replica.
+    """
+    if n % replicas == 0:
+        return KeyBnMode.all_to_all
+    in_halves = is_power_of_two(replicas) and n % 2 == 0
+    return KeyBnMode.butterfly if in_halves else KeyBnMode.cross_replica_sum
 
 
 def is_operational(key: str) -> bool:

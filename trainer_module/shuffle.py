@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 
 import tensorflow as tf
 
-from trainer_module.config import KeyBnConfig, KeyBnMode, is_power_of_two
+from trainer_module.config import KeyBnConfig, KeyBnMode, recommended
 from trainer_module.key_queue import draw, record
 from trainer_module.replica import Replica, gather, mean, own_rows
 
@@ -121,22 +121,6 @@ def butterfly(f_k: KeyEncoder, x_k: tf.Tensor, replica: Replica, seed: tf.Tensor
             places = tf.concat([staying, tf.gather(leaving, [r ^ 1 << stage for r in range(count)])], 1)
         places = tf.gather(places, replica.index)
     return _encode_in_place(f_k, unpack_pixels(rows, x_k.shape), places, replica, memory)
-
-
-def recommended(replicas: int, n: int) -> KeyBnMode:
-    """Of the modes that move images between cores, the one with the least traffic.
-
-    Rows that a core receives at a step: all_to_all n (R - 1) / R, butterfly n / 2 log2(R), cross_replica_sum
-    2 n (R - 1), whose buffer also holds n R rows.
-
-    Args:
-        replicas: R.
-        n: images of a replica.
-    """
-    if n % replicas == 0:
-        return KeyBnMode.all_to_all
-    in_halves = is_power_of_two(replicas) and n % 2 == 0
-    return KeyBnMode.butterfly if in_halves else KeyBnMode.cross_replica_sum
 
 
 def automatic(f_k: KeyEncoder, x_k: tf.Tensor, replica: Replica, seed: tf.Tensor, memory: Memory) -> Keys:

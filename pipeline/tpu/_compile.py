@@ -133,6 +133,7 @@ def _figures(executable: Any, computation: Any, question: dict[str, Any]) -> dic
         "collective_instructions": collections.Counter(i.kind for i in hlo.instructions(text) if i.kind),
         "bytes_by_part": hlo.bytes_by_part(text),
         "hbm_bytes_by_part": hlo.bytes_by_part(text, hbm_only=True),
+        "cycles_by_part": hlo.cycles_by_part(text),
     }
 
 

@@ -85,6 +85,7 @@ class Compiled:
             over some cores; their sizes then say little of what is sent.
         collective_instructions: how many of each kind the compiled program has.
         bytes_by_part, hbm_bytes_by_part: see pipeline.tpu.hlo.bytes_by_part.
+        cycles_by_part: see pipeline.tpu.hlo.cycles_by_part.
         versions: of jax, jaxlib and libtpu.
         seconds: that the compiler took.
     """
@@ -98,8 +99,14 @@ class Compiled:
     collective_instructions: Mapping[str, int]
     bytes_by_part: Mapping[str, int]
     hbm_bytes_by_part: Mapping[str, int]
+    cycles_by_part: Mapping[str, int]
     versions: Mapping[str, str]
     seconds: float
+
+    @property
+    def hbm_bytes(self) -> int:
+        """What passes between HBM and the core."""
+        return sum(self.hbm_bytes_by_part.values())
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,7 @@ import collections
 import dataclasses
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 OTHER = "other"
@@ -37,6 +37,7 @@ _KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collectiv
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%(?P<name>[\w.-]+) = (?P<shape>.*?) (?P<op>[a-z][\w-]*)\((?P<operands>.*?)\)")
 _ARRAY = re.compile(r"\b(?P<dtype>[a-z]\w*)\[(?P<dims>[\d,]*)\](?:\{(?P<layout>[^}]*)\})?")
 _SCOPE = re.compile(r'op_name="(?P<name>[^"]*)"')
+_CYCLES = re.compile(r'"estimated_cycles":"(?P<count>\d+)"')
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id"}
 
 
@@ -69,6 +70,7 @@ class Instruction:
         operands: names.
         scope: the name that TensorFlow gave the operation it came from; empty if none.
         groups: of a collective, cores that take part in one.
+        cycles: of a core, as the compiler estimates it; 0 where it says nothing, as of collectives and moves.
     """
 
     name: str
@@ -77,6 +79,7 @@ class Instruction:
     operands: tuple[str, ...]
     scope: str
     groups: int
+    cycles: int
 
     @property
     def part(self) -> str:
@@ -137,7 +140,7 @@ def instructions(text: str, *, entry_only: bool = False) -> Iterator[Instruction
             inside = False
         match = _INSTRUCTION.match(line) if inside else None
         if match:
-            scope = _SCOPE.search(line)
+            scope, cycles = _SCOPE.search(line), _CYCLES.search(line)
             # Slices that lie side by side already are one array.
             op = "bitcast" if 'custom_call_target="ConcatBitcast"' in line else match["op"]
             yield Instruction(
@@ -147,6 +150,7 @@ def instructions(text: str, *, entry_only: bool = False) -> Iterator[Instruction
                 tuple(re.findall(r"%([\w.-]+)", match["operands"])),
                 scope["name"] if scope else "",
                 _group_size(line),
+                int(cycles["count"]) if cycles else 0,
             )
 
 
@@ -234,6 +238,19 @@ def bytes_by_part(compiled: str, *, hbm_only: bool = False) -> Mapping[str, int]
         compiled: text of the program.
         hbm_only: leave out what the compiler keeps on the chip.
     """
+    return _sums(compiled, lambda instruction, program: _moved(instruction, program, hbm_only))
+
+
+def cycles_by_part(compiled: str) -> Mapping[str, int]:
+    """Cycles of a core that the compiler's own cost model gives the operations of each part.
+
+    Args:
+        compiled: text of the program.
+    """
+    return _sums(compiled, lambda instruction, _: instruction.cycles)
+
+
+def _sums(compiled: str, cost: Callable[[Instruction, Mapping[str, Instruction]], float]) -> Mapping[str, int]:
     program = {i.name: i for i in instructions(compiled, entry_only=True)}
     users: dict[str, str] = {}
     for instruction in program.values():
@@ -242,7 +259,7 @@ def bytes_by_part(compiled: str, *, hbm_only: bool = False) -> Mapping[str, int]
     totals = dict.fromkeys(PARTS, 0.0)
     for instruction in program.values():
         if instruction.op not in _FREE and not instruction.op.endswith("-done"):
-            totals[_part(instruction, program, users)] += _moved(instruction, program, hbm_only)
+            totals[_part(instruction, program, users)] += cost(instruction, program)
     return {part: round(total) for part, total in totals.items() if total}
 
 

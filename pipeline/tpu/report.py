@@ -11,7 +11,7 @@ from pipeline.tpu.analysis import Compiled, Compiler, Refused, Request, request_
 from pipeline.tpu.chips import Topology
 from pipeline.tpu.fit import Fit, largest_batch
 from pipeline.tpu.hlo import PARTS
-from trainer_module.config import share_unit
+from trainer_module.config import KeyBnMode, recommended, share_unit
 
 _GIB, _MB = 2**30, 1e6
 
@@ -22,7 +22,8 @@ class Roofline:
 
     Attributes:
         compute: the operations, at the peak for bfloat16.
-        memory: XLA's bytes accessed, through HBM, so that what stays on the chip counts as if it did not.
+        memory: what passes through HBM, by our count. No bound follows from XLA's bytes accessed, several times as
+            many: they include what stays on the chip, and whole arrays where a slice is fetched.
         interconnect: the bytes received, over all links of a chip at once.
     """
 
@@ -46,7 +47,7 @@ def roofline(compiled: Compiled, topology: Topology) -> Roofline:
     chip = topology.chip
     return Roofline(
         compiled.flops / chip.flops,
-        compiled.bytes_accessed / chip.hbm_bandwidth,
+        compiled.hbm_bytes / chip.hbm_bandwidth,
         sum(c.received for c in compiled.exchanged) / chip.ici_bandwidth,
     )
 
@@ -76,7 +77,7 @@ def run(
         for request, topology in requests:
             result = compiler.compile(request, topology)
             found = _fit(compiler, request, topology) if fit else None
-            for text in _lines(request, topology, result, found):
+            for text in report_lines(request, topology, result, found):
                 console.line(text)
             reports.append(as_json(request, topology, result, found))
     if json_file:
@@ -143,11 +144,12 @@ def _size(count: float) -> str:
     return f"{count:.0f} bytes"
 
 
-def _lines(request: Request, topology: Topology, result: Compiled | Refused, fit: Fit | None) -> Iterator[str]:
+def report_lines(request: Request, topology: Topology, result: Compiled | Refused, fit: Fit | None) -> Iterator[str]:
+    """The report of one slice as it is printed."""
     train = request.train
     yield (
         f"{topology}: {request.encoder.name}, {request.size} px, {request.batch_per_core} images on each of "
-        f"{request.replicas} cores, {train.precision.name}, K {train.queue:,}, key BN {train.key_bn.mode.name}"
+        f"{request.replicas} cores, {train.precision.name}, K {train.queue:,}, key BN {_key_bn(request)}"
     )
     yield f"  {verdict(result, request, topology)}"
     if isinstance(result, Compiled):
@@ -156,6 +158,12 @@ def _lines(request: Request, topology: Topology, result: Compiled | Refused, fit
         yield f"  the compiler: {result.said.partition(chr(10))[0][:300]}"
     if fit:
         yield f"  {fit.words()}"
+
+
+def _key_bn(request: Request) -> str:
+    mode = request.train.key_bn.mode
+    taken = recommended(request.replicas, request.batch_per_core)
+    return f"auto, here {taken.name}" if mode is KeyBnMode.auto else mode.name
 
 
 def _tables(result: Compiled, topology: Topology) -> Iterator[str]:
@@ -169,18 +177,20 @@ def _tables(result: Compiled, topology: Topology) -> Iterator[str]:
     roof = [
         ("a step at the least", "ms"),
         (f"compute, {result.flops:.3g} FLOPs", f"{line.compute * 1e3:,.2f}"),
-        (f"memory, {_size(result.bytes_accessed)} accessed", f"{line.memory * 1e3:,.2f}"),
+        (f"memory, {_size(result.hbm_bytes)} through HBM", f"{line.memory * 1e3:,.2f}"),
         (
             f"interconnect, {_size(sum(c.received for c in result.exchanged))} received",
             f"{line.interconnect * 1e3:,.2f}",
         ),
         ("", ""),
+        ("cycles, by the compiler's estimate", f"{sum(result.cycles_by_part.values()) / 1e6:,.1f} M"),
+        ("bytes accessed, by XLA's count", _size(result.bytes_accessed)),
         ("bytes accessed by", "share"),
         *_shares(result.bytes_by_part),
     ]
     for index in range(max(len(rows), len(roof))):
         left, right = ((column[index] if index < len(column) else ("", "")) for column in (rows, roof))
-        yield f"  {left[0]:<22}{left[1]:>12}    {right[0]:<32}{right[1]:>12}".rstrip()
+        yield f"  {left[0]:<22}{left[1]:>12}    {right[0]:<34}{right[1]:>10}".rstrip()
     yield f"  {'exchanged between the cores':<62}{'kind':<20}{'received':>10}"
     for c in result.exchanged:
         yield f"  {PARTS[c.part] + ' (' + c.part + ')':<62}{c.kind:<20}{_size(c.received):>10}"
@@ -235,8 +245,10 @@ def as_json(request: Request, topology: Topology, result: Compiled | Refused, fi
         "hbm": {"total": result.memory.total, "has": chip.hbm_bytes, "parts": hbm_parts(result)},
         "flops": result.flops,
         "bytes_accessed": result.bytes_accessed,
+        "hbm_bytes": result.hbm_bytes,
         "bytes_by_part": result.bytes_by_part,
         "hbm_bytes_by_part": result.hbm_bytes_by_part,
+        "cycles_by_part": result.cycles_by_part,
         "exchanged": [vars(c) for c in result.exchanged],
         "collectives": [vars(c) for c in result.collectives],
         "collective_instructions": result.collective_instructions,

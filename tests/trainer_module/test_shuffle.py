@@ -12,7 +12,15 @@ from hypothesis import strategies as st
 from trainer_module import shuffle
 from trainer_module.batch_norm import FusedBatchNormalization, ShuffledBatchNorm, SplitBatchNormalization, batch_norms
 from trainer_module.build import build, first_state
-from trainer_module.config import EncoderConfig, Head, KeyBnConfig, KeyBnMode, TrainConfig, shuffles_replicas
+from trainer_module.config import (
+    EncoderConfig,
+    Head,
+    KeyBnConfig,
+    KeyBnMode,
+    TrainConfig,
+    recommended,
+    shuffles_replicas,
+)
 from trainer_module.replica import SingleReplica, gather, own_rows
 from trainer_module.shuffle import Memory, key_encoding, permutation
 
@@ -151,7 +159,7 @@ def test_four_pixels_travel_in_an_integer_and_come_back_to_the_bit():
 
 
 def test_auto_is_the_mode_with_the_least_traffic_that_the_replicas_allow():
-    modes = {(r, n): shuffle.recommended(r, n) for r, n in ((8, 32), (8, 12), (256, 32), (6, 10), (8, 3), (1, 5))}
+    modes = {(r, n): recommended(r, n) for r, n in ((8, 32), (8, 12), (256, 32), (6, 10), (8, 3), (1, 5))}
     assert modes == {
         (8, 32): KeyBnMode.all_to_all,
         (8, 12): KeyBnMode.butterfly,

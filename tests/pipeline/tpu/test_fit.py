@@ -17,7 +17,7 @@ def compiler(fixed, per_image, bend=0.0):
         needed = int(fixed + per_image * batch * (1 + bend * batch))
         if needed > LEFT:
             return Refused("out of memory", needed, LEFT)
-        return Compiled(1.0, 1.0, Memory(0, 0, 0, needed, 0), {}, (), (), {}, {}, {}, {}, 1.0)
+        return Compiled(1.0, 1.0, Memory(0, 0, 0, needed, 0), {}, (), (), {}, {}, {}, {}, {}, 1.0)
 
     return compile_for
 

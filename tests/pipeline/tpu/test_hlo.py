@@ -91,3 +91,13 @@ def test_bytes_go_to_the_part_that_uses_them_as_often_as_they_move_and_on_the_ch
     text = program("%p.1 = f32[1000]{0} parameter(0)", *fetch, result)
     assert hlo.bytes_by_part(text) == {"sgd": 2 * moved + used + 2000}
     assert hlo.bytes_by_part(text, hbm_only=True) == {"sgd": moved + 2000}
+
+
+def test_the_compiler_s_own_cycles_are_summed_by_part_but_not_those_inside_of_what_is_called():
+    def line(name, scope, cycles):
+        estimate = f'backend_config={{"window_config":{{"estimated_cycles":"{cycles}","is_mask":false}}}}'
+        return f'%{name} = f32[8]{{0}} fusion(%p.1), calls=%c.1, metadata={{op_name="{scope}"}}, {estimate}'
+
+    called = "%c.1 (p: f32[8]) -> f32[8] {\n  " + line("inner", "sgd/sub", 7) + "\n}\n"
+    text = program(line("a", "sgd/sub_1", 1800), line("b", "sgd/sub_2", 40), line("c", "loss/mul", 5), *SLICED)
+    assert hlo.cycles_by_part(called + text) == {"loss": 5, "sgd": 1840}

@@ -18,11 +18,11 @@ from reference import STATS, WEIGHTS, Outcome, Reference, State, pairs_of_views
 from pipeline.tpu.analysis import Request
 from trainer_module import config_json
 from trainer_module.build import build, first_state
-from trainer_module.config import EncoderConfig, Head, KeyBnConfig, KeyBnMode, Precision, TrainConfig
+from trainer_module.config import EncoderConfig, Head, KeyBnConfig, KeyBnMode, Precision, TrainConfig, recommended
 from trainer_module.driver import Driver, learning_rate, named
 from trainer_module.lowering import MEAN, STD, STEPS_PER_EPOCH
 from trainer_module.moco import Metrics
-from trainer_module.shuffle import permutation, recommended, shuffle_keys
+from trainer_module.shuffle import permutation, shuffle_keys
 from trainer_module.strategy import make_strategy
 
 pytestmark = pytest.mark.long
@@ -284,7 +284,7 @@ MODES = list(KeyBnMode)
 
 
 # Tracing eight replicas takes the driver ten seconds, so it does that for the modes that move images only.
-WITH_THE_TRAINER = [(mode, 2) for mode in MODES] + [(mode, r) for mode in MODES[:2] for r in (4, 8)]
+WITH_THE_TRAINER = [(mode, 2) for mode in MODES] + [(mode, r) for mode in MODES[:3] for r in (4, 8)]
 
 
 @pytest.mark.parametrize(("mode", "replicas"), WITH_THE_TRAINER, ids=lambda value: getattr(value, "name", value))

@@ -10,7 +10,7 @@ from pipeline.config import Config, load
 from pipeline.tpu.analysis import Compiled, Memory, Refused, request_for
 from pipeline.tpu.chips import parse_topology
 from pipeline.tpu.hlo import Collective
-from pipeline.tpu.report import hbm_parts, roofline, verdict
+from pipeline.tpu.report import hbm_parts, report_lines, roofline, verdict
 from trainer_module.config import KeyBnConfig, KeyBnMode
 from trainer_module.errors import UserError
 
@@ -20,14 +20,15 @@ V5E = parse_topology("v5e:2x4")
 GIB = 2**30
 STEP = Compiled(
     flops=197e12 * 0.010,  # 10 ms of a v5e
-    bytes_accessed=819e9 * 0.020,
+    bytes_accessed=819e9 * 1.5,  # of what crosses HBM most more than once, and what does not
     memory=Memory(arguments=3 * GIB, results=0, in_place=2 * GIB, temporaries=2 * GIB, code=GIB // 10),
     parts={"weights f_q": GIB, "views": GIB},
     exchanged=(Collective("all-reduce", "key_shuffle", 1, 4_800_000, 8_400_000),),
     collectives=(),
     collective_instructions={"all-reduce": 1},
     bytes_by_part={"loss": 1},
-    hbm_bytes_by_part={"loss": 1},
+    hbm_bytes_by_part={"loss": int(819e9 * 0.015), "sgd": int(819e9 * 0.005)},
+    cycles_by_part={"loss": 10**6},
     versions={"jax": "1"},
     seconds=1.0,
 )
@@ -74,6 +75,12 @@ def test_what_does_not_fit_says_how_much_it_needs():
 
 def test_the_parts_of_the_memory_are_all_of_it():
     assert sum(hbm_parts(STEP).values()) == STEP.memory.total
+
+
+@pytest.mark.parametrize(("batch", "mode"), [(32, "all_to_all"), (12, "butterfly"), (3, "cross_replica_sum")])
+def test_the_mode_that_auto_takes_is_named(batch, mode):
+    first = next(report_lines(step_of(KeyBnMode.auto, batch), V5E, STEP, None))
+    assert first.endswith(f"key BN auto, here {mode}")
 
 
 @pytest.mark.parametrize(("batch", "share"), [(None, 32), (64, 64)])
