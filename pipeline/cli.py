@@ -432,9 +432,9 @@ then, from another terminal:
         "max_buffered_mb": ("MIB", "size of all requests held at a time"),
         "max_image_mb": ("MIB", "size of an encoded image"),
         "max_pixels": ("N", "pixels of an image, read from its header"),
-        "max_connections": ("N", "HTTP connections open at a time"),
+        "max_connections": ("N", "connections open at a time, of REST and of gRPC each"),
         "timeout": ("S", "seconds until a request without a deadline of its own is given up"),
-        "idle": ("S", "seconds after which an idle HTTP connection is closed"),
+        "idle": ("S", "seconds after which an idle connection is closed"),
         "grace": ("S", "seconds that requests in flight get when the server stops"),
         "poll": ("S", "seconds between looks for a new version"),
     }

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import hashlib
 import io
+import re
 import struct
 import zlib
 from collections.abc import Iterator
@@ -28,6 +29,10 @@ from components.image_example_gen.near_duplicates import perceptual_hash
 # What is opened at all; Pillow's other decoders are rarer, and each is a further way in for hostile bytes.
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP")
 _JPEG_END = b"\xff\xd9"
+_JPEG_SCAN = b"\xff\xda"
+_JPEG_MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd7\xff]")  # of those that end a scan's data
+# Encoders make ten or so. Each goes over all pixels, 40 ms for 50 million, and may take a few bytes of the file.
+_MAX_SCANS = 100
 # Bit depth and colour type in a PNG's IHDR: 8-bit grey, 8-bit RGB.
 _PNG_PLAIN = (b"\x08\x00", b"\x08\x02")
 _WIDE_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N")
@@ -129,6 +134,8 @@ def inspect(data: bytes, limits: Limits) -> Image.Image:
         raise BadImage("too_many_pixels", f"{width}x{height} is over {limits.max_pixels} pixels")
     if min(width, height) < limits.min_side:
         raise BadImage("too_small", f"{width}x{height} has a side under {limits.min_side} pixels")
+    if "progressive" in image.info and data.count(_JPEG_SCAN) > _MAX_SCANS and _scans(data) > _MAX_SCANS:
+        raise BadImage("damaged", f"the JPEG has more than {_MAX_SCANS} scans")
     return image
 
 
@@ -231,6 +238,18 @@ def _kind(image: Image.Image) -> str:
     """`jpeg`, `png`, or Pillow's own name in lower case; a phone's MPO file begins with a whole JPEG."""
     name = (image.format or "").lower()
     return "jpeg" if name == "mpo" else name
+
+
+def _scans(data: bytes) -> int:
+    """The scans of a JPEG's first picture, one after another, as far as there are not too many.
+
+    Counting the marks alone would blame photographs with a film behind them.
+    """
+    scans, at = 0, 2
+    while scans <= _MAX_SCANS and (found := _JPEG_MARKER.search(data, at)) and found[0] != _JPEG_END:
+        scans += found[0] == _JPEG_SCAN
+        at = found.end() + int.from_bytes(data[found.end() : found.end() + 2], "big")
+    return scans
 
 
 def _is_plain(image: Image.Image, data: bytes) -> bool:

@@ -27,9 +27,9 @@ class ServeConfig:
         max_buffered_mb: MiB of all requests that are being read or answered.
         max_image_mb: MiB of one encoded image.
         max_pixels: pixels of one image.
-        max_connections: HTTP connections open at a time.
+        max_connections: open at a time, of REST and of gRPC each.
         timeout: seconds until a request without a deadline of its own is given up, and in which its body must come.
-        idle: seconds in which the head of the next HTTP request must come.
+        idle: seconds in which the head of the next HTTP request must come, or the next call of a gRPC connection.
         grace: seconds that requests in flight get when the server is stopped.
         poll: seconds between looks for a new version.
     """

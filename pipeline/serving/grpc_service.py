@@ -3,22 +3,26 @@
 Messages come as bytes and are parsed here, so that malformed ones get their status and nothing of them is logged.
 """
 
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+import asyncio
+import functools
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from typing import TypeVar
 
 import grpc
 import numpy as np
 import tensorflow as tf
 from google.protobuf.message import DecodeError, Message
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
+from grpc_health.v1 import health, health_pb2
+from grpc_reflection.v1alpha import reflection, reflection_pb2
 from tensorflow.core.framework import tensor_pb2
 from tensorflow_serving.apis import get_model_metadata_pb2, get_model_status_pb2, predict_pb2
 
 from pipeline.serving import protos
 from pipeline.serving.batching import Result
+from pipeline.serving.incoming import Incoming
 from pipeline.serving.model import DEFAULT_SIGNATURE, Signature, Spec
-from pipeline.serving.refusal import invalid
+from pipeline.serving.refusal import Code, Refused, invalid
 from pipeline.serving.service import Service
 from trainer_module import lines
 
@@ -26,12 +30,17 @@ PREDICTION_SERVICE = lines.serving_service("prediction_service_pb2", "Prediction
 MODEL_SERVICE = lines.serving_service("model_service_pb2", "ModelService").full_name
 ERROR_OUTPUT = "error"  # string[N], there only where a row failed
 _METADATA = "signature_def"
+_LAST_WORD = 0.1  # seconds in which who watches the server's health hears that it stops
 
 Request = TypeVar("Request", bound=Message)
 
 
 class GrpcServices:
-    """The services of a server that has its port."""
+    """The services of a server that has its port.
+
+    Attributes:
+        incoming: reads its messages.
+    """
 
     def __init__(self, service: Service, server: grpc.aio.Server) -> None:
         """Adds nothing yet.
@@ -42,37 +51,93 @@ class GrpcServices:
         """
         self._service, self._server = service, server
         self._health = health.aio.HealthServicer()
+        self.incoming = Incoming(service)
+        self._streams = _Streams(max(1, service.config.max_queue // 4))
 
     async def start(self) -> None:
         """Answers from now on."""
         service = self._service
         prediction = _Prediction(service)
+        incoming = self.incoming
+        handler = functools.partial(_handler, service, incoming)
+        metadata, status = get_model_metadata_pb2.GetModelMetadataRequest, get_model_status_pb2.GetModelStatusRequest
         handlers = {
             PREDICTION_SERVICE: {
-                "Predict": _handler(service, "predict", predict_pb2.PredictRequest, prediction.predict),
-                "GetModelMetadata": _handler(
-                    service, "metadata", get_model_metadata_pb2.GetModelMetadataRequest, prediction.metadata
-                ),
+                "Predict": handler("predict", predict_pb2.PredictRequest, prediction.predict),
+                "GetModelMetadata": handler("metadata", metadata, prediction.metadata),
             },
-            MODEL_SERVICE: {
-                "GetModelStatus": _handler(
-                    service, "status", get_model_status_pb2.GetModelStatusRequest, prediction.status
-                )
-            },
+            MODEL_SERVICE: {"GetModelStatus": handler("status", status, prediction.status)},
+        }
+        for name in ("", *handlers):
+            await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+        reflecting = reflection.aio.ReflectionServicer((*handlers, health.SERVICE_NAME, reflection.SERVICE_NAME))
+        handlers[health.SERVICE_NAME] = {
+            "Check": _check_handler(self._health, incoming),
+            "Watch": self._streams.handler(functools.partial(_watch, self._health, incoming)),
+        }
+        handlers[reflection.SERVICE_NAME] = {
+            "ServerReflectionInfo": self._streams.handler(functools.partial(_reflect, reflecting, incoming))
         }
         for name, methods in handlers.items():
             self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(name, methods),))
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        names = (*handlers, health.SERVICE_NAME, reflection.SERVICE_NAME)
-        reflection.enable_server_reflection(names, self._server)
-        for name in ("", *handlers):
-            await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
         await self._server.start()
 
     async def drain(self, seconds: float) -> None:
         """Says that it is not serving, takes nothing new, and waits for what is in flight."""
         await self._health.enter_graceful_shutdown()
+        await self._streams.stop()
         await self._server.stop(seconds)
+
+
+class _Streams:
+    """Calls that last as long as their clients like.
+
+    They are fewer than all calls may be, so that they keep nobody out, and end when the server stops.
+    """
+
+    def __init__(self, most: int) -> None:
+        """There is none.
+
+        Args:
+            most: at a time.
+        """
+        self._most, self._stopping = most, False
+        self._tasks: set[asyncio.Task] = set()
+
+    def handler(self, function: Callable[[grpc.aio.ServicerContext], Awaitable[None]]) -> grpc.RpcMethodHandler:
+        """A method whose calls are counted here."""
+
+        async def answer(_: object, context: grpc.aio.ServicerContext) -> None:
+            async with _aborting(context):
+                with self._one():
+                    await function(context)
+
+        return grpc.stream_stream_rpc_method_handler(answer, response_serializer=_serialized)
+
+    async def stop(self) -> None:
+        """Ends those that are there, after what was just written to them."""
+        self._stopping = True
+        if self._tasks:
+            await asyncio.sleep(_LAST_WORD)
+        for task in self._tasks:
+            task.cancel()
+
+    @contextmanager
+    def _one(self) -> Iterator[None]:
+        if self._stopping or len(self._tasks) >= self._most:
+            code = Code.UNAVAILABLE if self._stopping else Code.RESOURCE_EXHAUSTED
+            raise Refused(code, "the server is stopping" if self._stopping else "too many streams; try again later")
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks.add(task)
+        try:
+            yield
+        except asyncio.CancelledError:
+            if self._stopping:
+                raise Refused(Code.UNAVAILABLE, "the server is stopping") from None
+            raise
+        finally:
+            self._tasks.discard(task)
 
 
 class _Prediction:
@@ -82,6 +147,8 @@ class _Prediction:
         self._service = service
 
     async def predict(self, request: predict_pb2.PredictRequest, timeout: float | None) -> predict_pb2.PredictResponse:
+        if not request.HasField("model_spec"):
+            raise invalid("Missing ModelSpec")
         spec = request.model_spec
         with self._service.versions.lease(spec.name, protos.asked_version(spec), spec.version_label) as model:
             signature = model.signature(spec.signature_name)
@@ -100,6 +167,8 @@ class _Prediction:
             raise invalid("GetModelMetadataRequest must specify at least one metadata_field")
         if unknown := set(request.metadata_field) - {_METADATA}:
             raise invalid(f"Metadata field {min(unknown)[:100]} is not supported; there is: {_METADATA}")
+        if not request.HasField("model_spec"):
+            raise invalid("Missing ModelSpec")
         spec = request.model_spec
         with self._service.versions.lease(spec.name, protos.asked_version(spec), spec.version_label) as model:
             made = protos.spec(spec.name, model.version)
@@ -122,19 +191,58 @@ class _Prediction:
 
 def _handler(
     service: Service,
+    incoming: Incoming,
     method: str,
     kind: type[Request],
     function: Callable[[Request, float | None], Awaitable[Message]],
 ) -> grpc.RpcMethodHandler:
-    async def answer(data: bytes, context: grpc.aio.ServicerContext) -> bytes:
+    """A method of one message, read as a stream of one, since only so is its reading in our hands."""
+
+    async def answer(_: object, context: grpc.aio.ServicerContext) -> bytes:
         async with service.answering("grpc", method) as outcome:
+            data = await incoming.message(context)
             with service.holding(len(data)):
                 return (await function(parsed(kind, data), context.time_remaining())).SerializeToString()
         refusal = outcome.refusal
         await context.abort(grpc.StatusCode[refusal.code.name], refusal.message)
         raise AssertionError("abort raises")
 
-    return grpc.unary_unary_rpc_method_handler(answer)
+    return grpc.stream_unary_rpc_method_handler(answer)
+
+
+@asynccontextmanager
+async def _aborting(context: grpc.aio.ServicerContext) -> AsyncIterator[None]:
+    """Tells the client what is refused."""
+    try:
+        yield
+    except Refused as refusal:
+        await context.abort(grpc.StatusCode[refusal.code.name], refusal.message)
+
+
+def _check_handler(servicer: health.aio.HealthServicer, incoming: Incoming) -> grpc.RpcMethodHandler:
+    async def answer(_: object, context: grpc.aio.ServicerContext) -> Message:
+        async with _aborting(context):
+            request = parsed(health_pb2.HealthCheckRequest, await incoming.message(context))
+        return await servicer.Check(request, context)
+
+    return grpc.stream_unary_rpc_method_handler(answer, response_serializer=_serialized)
+
+
+async def _watch(servicer: health.aio.HealthServicer, incoming: Incoming, context: grpc.aio.ServicerContext) -> None:
+    await servicer.Watch(parsed(health_pb2.HealthCheckRequest, await incoming.message(context)), context)
+
+
+async def _reflect(
+    servicer: reflection.aio.ReflectionServicer, incoming: Incoming, context: grpc.aio.ServicerContext
+) -> None:
+    kind = reflection_pb2.ServerReflectionRequest
+    requests = (parsed(kind, data) async for data in incoming.messages(context))
+    async for response in servicer.ServerReflectionInfo(requests, context):
+        await context.write(response)
+
+
+def _serialized(message: Message) -> bytes:
+    return message.SerializeToString()
 
 
 def parsed(kind: type[Request], data: bytes) -> Request:

@@ -1,6 +1,6 @@
-"""A gzip body unfolded piece by piece, so that no more of it is held than may be.
+"""A compressed body or message unfolded piece by piece, so that no more of it is held than may be.
 
-Tornado unfolds bodies itself, but cuts the connection of a damaged one, with no status.
+Tornado unfolds bodies itself, but cuts the connection of a damaged one, with no status; gRPC unfolds all of a message.
 """
 
 import zlib
@@ -15,9 +15,13 @@ _PIECE = 2**18
 class Unfolder:
     """One body."""
 
-    def __init__(self) -> None:
-        """Nothing has come yet."""
-        self._gzip = zlib.decompressobj(_GZIP)
+    def __init__(self, wbits: int = _GZIP) -> None:
+        """Nothing has come yet.
+
+        Args:
+            wbits: which kinds of compression are taken, as zlib has it.
+        """
+        self._gzip = zlib.decompressobj(wbits)
 
     def pieces(self, chunk: bytes) -> Iterator[bytes]:
         """What the next chunk unfolds to.
@@ -31,7 +35,7 @@ class Unfolder:
             except zlib.error:
                 raise _damaged() from None
             if self._gzip.unused_data:
-                raise invalid("the body goes on after its gzip data")
+                raise invalid("the body goes on after its compressed data")
             yield piece
             chunk = self._gzip.unconsumed_tail
 
@@ -46,4 +50,4 @@ class Unfolder:
 
 
 def _damaged() -> Refused:
-    return invalid("the body is damaged: it is no gzip data, as its Content-Encoding says, or not all of it")
+    return invalid("the body is damaged: it is not compressed as it says, or not all of it is there")

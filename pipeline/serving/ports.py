@@ -9,7 +9,7 @@ from tornado import netutil
 from pipeline.serving.config import ServeConfig
 from trainer_module.errors import UserError
 
-_FRAME = 2**16  # of a gRPC message, beside its tensors
+FRAME = 2**16  # bytes of a gRPC message beside its tensors
 _FILES = 2**16
 
 
@@ -40,10 +40,13 @@ def bind_grpc(config: ServeConfig) -> tuple[grpc.aio.Server, int]:
     for tried in _bind("--grpc-port", config.host, config.grpc_port):
         tried.close()
     options = [
-        ("grpc.max_receive_message_length", config.max_request_bytes + _FRAME),
+        ("grpc.max_receive_message_length", config.max_request_bytes + FRAME),
         ("grpc.max_send_message_length", -1),
         ("grpc.so_reuseport", 0),
         ("grpc.max_concurrent_streams", config.max_queue),
+        ("grpc.per_message_decompression", 0),  # see incoming.py
+        ("grpc.max_allowed_incoming_connections", config.max_connections),
+        ("grpc.max_connection_idle_ms", int(config.idle * 1000)),
     ]
     server = grpc.aio.server(options=options, maximum_concurrent_rpcs=config.max_queue)
     host = f"[{config.host}]" if ":" in config.host else config.host

@@ -8,7 +8,7 @@ import asyncio
 import functools
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Awaitable, Iterator
 from contextlib import contextmanager
 from typing import Any
 from urllib.parse import unquote
@@ -99,12 +99,17 @@ class _Handler(web.RequestHandler):
         self.set_header("Content-Type", "application/json")
         self.clear_header("Server")
 
-    def prepare(self) -> None:
+    def prepare(self) -> Awaitable[None] | None:
         self._requests.add(self)
-        length = self.request.headers.get("Content-Length", "0")
-        if length.isdecimal():
-            with self._refusing():
-                self._check_size(int(length.lstrip("0")[:20] or "0"))  # int() takes only so many digits
+        text = self.request.headers.get("Content-Length", "0")
+        length = int(text.lstrip("0")[:20] or "0") if text.isdecimal() else 0  # int() takes only so many digits
+        with self._refusing():
+            self._check_size(length)
+        # Who asks first has sent nothing that would have to be read; what is far too large is not read at all.
+        asks = self.request.headers.get("Expect", "").lower() == "100-continue"
+        if self._refusal and (asks or length > _READ_ON * self._service.config.max_request_bytes):
+            return self._answer("predict" if _PREDICT.fullmatch(self.request.path) else "none", self._malformed)
+        return None
 
     def data_received(self, chunk: bytes) -> None:
         if self._refusal is not None:
@@ -160,7 +165,7 @@ class _Handler(web.RequestHandler):
         elif path.startswith("/v1/"):
             await self._answer(*self._asked(path))
         else:
-            self._end(404, tensors_json.error("there is no such page"))
+            await self._answer("none", self._no_page)
 
     async def post(self) -> None:
         path = self.request.path
@@ -170,7 +175,7 @@ class _Handler(web.RequestHandler):
         elif path.startswith("/v1/"):
             await self._answer("none", self._malformed)
         else:
-            self._end(404, tensors_json.error("there is no such page"))
+            await self._answer("none", self._no_page)
 
     async def head(self) -> None:
         await self.get()  # of which Tornado leaves the body out
@@ -210,6 +215,9 @@ class _Handler(web.RequestHandler):
     async def _malformed(self) -> bytes:
         raise invalid(f"Malformed request: {self.request.method} {self.request.path[:200]}")
 
+    async def _no_page(self) -> bytes:
+        raise Refused(Code.NOT_FOUND, "there is no such page")
+
     async def _predict(self, name: str, version: str | None, label: str | None, method: str) -> bytes:
         with self._service.versions.lease(unquote(name), _number(version), unquote(label or "")) as model:
             body, self._body = self._body, bytearray()  # still counted as held, for what is parsed is about as large
@@ -245,7 +253,9 @@ class _Handler(web.RequestHandler):
     def log_exception(self, *_: Any) -> None:
         """Tornado's would quote the request."""
 
-    def write_error(self, status_code: int, **_: Any) -> None:
+    def write_error(self, status_code: int, **_: Any) -> None:  # of a method that Tornado does not know
+        self._service.metrics.failed("http")
+        self._service.metrics.answered("rest", "none", "UNIMPLEMENTED" if status_code == 405 else "INTERNAL", 0)
         self.finish(tensors_json.error(f"HTTP status {status_code}"))
 
 

@@ -228,6 +228,26 @@ def test_a_decompression_bomb_is_refused_from_its_header(side: int) -> None:
     assert reason(png(side, side, 8, 0, b"")) == "too_many_pixels"
 
 
+def with_scans(scans: int, between: bytes = b"") -> bytes:
+    """A progressive JPEG whose last scan is repeated until there are so many."""
+    data = saved(picture(), "JPEG", progressive=True)
+    begin, end = data.rindex(b"\xff\xda"), data.rindex(b"\xff\xd9")
+    return data[:end] + between + data[begin:end] * (scans - data.count(b"\xff\xda")) + data[end:]
+
+
+@pytest.mark.parametrize("between", [b"", b"\xff\xfe\x00\x04\xff\xd9"], ids=["at once", "behind an end in a comment"])
+def test_a_jpeg_that_would_be_decoded_over_and_over_is_refused_from_its_marks(between: bytes) -> None:
+    with pytest.raises(BadImage, match="damaged: the JPEG has more than 100 scans"):
+        inspect(with_scans(101, between), LIMITS)
+    kept = with_scans(100, between)
+    assert canonical(kept, LIMITS).encoded == kept
+
+
+def test_what_looks_like_scans_behind_a_jpeg_is_none() -> None:
+    film = saved(picture(), "JPEG", progressive=True) + b"\xff\xda\x00\x02" * 500
+    assert canonical(film, LIMITS).encoded == film
+
+
 def test_the_limit_of_pixels_is_inclusive() -> None:
     data = saved(picture(), "PNG")
     assert canonical(data, Limits(24 * 40, 8)).height == 24

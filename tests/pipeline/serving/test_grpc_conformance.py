@@ -176,6 +176,16 @@ def test_an_output_filter_that_is_wrong_is_refused_before_anything_is_computed(h
     assert half.metric("batch_rows_count ") == batches
 
 
+def test_a_request_without_a_model_spec_is_an_invalid_argument(half):
+    metadata = get_model_metadata_pb2.GetModelMetadataRequest(metadata_field=["signature_def"])
+    for call, asked in (
+        (half.prediction.Predict, predict_pb2.PredictRequest()),
+        (half.prediction.GetModelMetadata, metadata),
+        (half.models.GetModelStatus, get_model_status_pb2.GetModelStatusRequest()),
+    ):
+        assert refused(call, asked) == (CODE.INVALID_ARGUMENT, "Missing ModelSpec")
+
+
 def test_health_and_reflection_answer(half):
     stub = health_pb2_grpc.HealthStub(half.channel)
     for service in ("", "tensorflow.serving.PredictionService"):

@@ -18,14 +18,16 @@ import grpc
 import numpy as np
 import psutil
 import pytest
+import requests
 import tensorflow as tf
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from running_server import Running, busy, running
 from tensorflow_serving.apis import predict_pb2
 
 from pipeline.bench import tiny_requests
-from pipeline.serving import tensors_json
+from pipeline.serving import incoming, tensors_json
 from pipeline.serving.tensors_json import _MAX_LISTS, _MAX_VALUES
 
 PREDICT = "/v1/models/encoder:predict"
@@ -58,6 +60,7 @@ def still_well(server: Running, image: bytes) -> None:
     assert server.app._batcher._lanes == {}
     assert budget._free == whole
     assert not server.app._rest._requests
+    assert server.app._grpc.incoming.free == server.app._config.max_buffered_mb // server.app._config.max_request_mb
 
 
 JSON = st.recursive(
@@ -244,10 +247,23 @@ def test_a_body_over_the_limit_is_413_and_is_never_held(small, png):
     still_well(small, png(0))
 
 
-def test_a_body_that_claims_to_be_endless_is_cut_off(small, png):
+@pytest.mark.parametrize(("method", "path", "status"), [("GET", "/", 404), ("POST", "/metrics", 404), ("X", "/", 405)])
+def test_what_no_handler_is_for_is_counted_as_well(server, method, path, status):
+    counted, errors = server.metric("requests_total"), server.metric("errors_total")
+    assert requests.request(method, server.rest + path, timeout=20).status_code == status
+    assert (server.metric("requests_total"), server.metric("errors_total")) == (counted + 1, errors + 1)
+
+
+@pytest.mark.parametrize(("length", "expect"), [(99_999_999_999, ""), (400_000, "Expect: 100-continue\r\n")])
+def test_a_body_that_will_not_be_read_is_refused_before_it_comes(small, png, length, expect):
+    refusals = small.metric('errors_total{kind="too_many_bytes"}')
     with socket.create_connection(small.rest.removeprefix("http://").split(":")) as client:
-        client.sendall(b"POST /v1/models/encoder:predict HTTP/1.1\r\nHost: x\r\nContent-Length: 99999999999\r\n\r\n")
-        assert client.recv(100).startswith(b"HTTP/1.1 4")
+        client.sendall(f"POST {PREDICT} HTTP/1.1\r\nHost: x\r\n{expect}Content-Length: {length}\r\n\r\n".encode())
+        client.settimeout(0.4)  # less than a body may take
+        answer = client.makefile("rb").read()
+    assert answer.startswith(b"HTTP/1.1 413")
+    assert b"the request is over 262144 bytes" in answer
+    assert small.metric('errors_total{kind="too_many_bytes"}') == refusals + 1
     still_well(small, png(0))
 
 
@@ -269,6 +285,77 @@ def test_a_compressed_message_is_refused_by_its_unfolded_size(small, png):
     with pytest.raises(grpc.RpcError) as caught:
         small.prediction.Predict(request, timeout=20, compression=grpc.Compression.Gzip)
     assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert "unfolds to more than" in caught.value.details()  # gRPC itself would have unfolded all of it
+    still_well(small, png(0))
+
+
+@pytest.mark.parametrize("compression", [grpc.Compression.Gzip, grpc.Compression.Deflate])
+def test_compressed_messages_are_answered(server, png, compression):
+    request = request_of(*[png(0)] * 20)  # smaller when compressed, else gRPC does not
+    plain = server.prediction.Predict(request, timeout=20)
+    assert server.prediction.Predict(request, timeout=20, compression=compression) == plain
+
+
+@pytest.mark.parametrize(
+    "damage", [b"\x1f\x8b", gzip.compress(bytes(99))[:-4], gzip.compress(bytes(99)) + b"x", b"\x78"]
+)
+def test_a_damaged_compressed_message_is_an_invalid_argument(server, damage):
+    call = server.channel.unary_unary("/tensorflow.serving.PredictionService/Predict")
+    with pytest.raises(grpc.RpcError) as caught:
+        call(damage, timeout=20)
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert "the body" in caught.value.details()
+
+
+GRPC_METHODS = [
+    "tensorflow.serving.PredictionService/Predict",
+    "tensorflow.serving.PredictionService/GetModelMetadata",
+    "tensorflow.serving.ModelService/GetModelStatus",
+    "grpc.health.v1.Health/Check",
+    "grpc.health.v1.Health/Watch",
+    "grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
+]
+
+
+@pytest.mark.parametrize("method", GRPC_METHODS)
+def test_slow_messages_are_few_and_are_given_up_and_others_do_not_wait_for_them(small, png, monkeypatch, method):
+    monkeypatch.setattr(incoming, "_SOON", 0.1)
+    gone = threading.Event()
+
+    def never() -> Iterator[bytes]:
+        gone.wait(30)
+        yield from ()
+
+    calls = [small.channel.stream_stream("/" + method)(never(), timeout=20) for _ in range(6)]
+    start = time.monotonic()
+    while time.monotonic() - start < 0.5:
+        small.prediction.Predict(request_of(png(0)), timeout=5)
+    codes = [call.code() for call in calls]
+    gone.set()
+    # Of a quarter of a MiB each, for which half a MiB may be held.
+    assert sorted(code.name for code in codes) == ["DEADLINE_EXCEEDED"] * 2 + ["RESOURCE_EXHAUSTED"] * 4
+    assert time.monotonic() - start < 5
+    still_well(small, png(0))
+
+
+def test_a_call_without_a_message_is_an_invalid_argument(server):
+    call = server.channel.stream_unary("/tensorflow.serving.PredictionService/Predict")
+    with pytest.raises(grpc.RpcError) as caught:
+        call(iter(()), timeout=20)
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
+def test_calls_that_last_leave_room_for_others(small, png):
+    stub = health_pb2_grpc.HealthStub(small.channel)
+    watches = [stub.Watch(health_pb2.HealthCheckRequest(), timeout=20) for _ in range(40)]  # of 32 calls in all
+    first = []
+    for watch in watches:
+        with contextlib.suppress(grpc.RpcError):
+            first.append(next(watch))
+    assert [answer.status for answer in first] == [health_pb2.HealthCheckResponse.SERVING] * 8
+    small.prediction.Predict(request_of(png(0)), timeout=5)
+    for watch in watches:
+        watch.cancel()
     still_well(small, png(0))
 
 
@@ -331,6 +418,25 @@ def test_more_connections_than_allowed_are_closed_and_room_comes_back(small, png
     still_well(small, png(0))
 
 
+def test_more_grpc_connections_than_allowed_are_closed_and_room_comes_back(small, png):
+    def connected(channel: grpc.Channel) -> bool:
+        try:
+            health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=5)
+        except grpc.RpcError:
+            return False
+        return True
+
+    alone = ("grpc.use_local_subchannel_pool", 1)
+    with contextlib.ExitStack() as stack:
+        channels = [stack.enter_context(grpc.insecure_channel(small.target, [alone])) for _ in range(30)]
+        assert 15 <= sum(map(connected, channels)) <= 20
+    with grpc.insecure_channel(small.target, [alone]) as channel:
+        end = time.monotonic() + 10
+        while not connected(channel):
+            assert time.monotonic() < end
+    still_well(small, png(0))
+
+
 def test_a_full_queue_answers_429_and_resource_exhausted_at_once(encoders, png):
     body = {"instances": [instance(png(0))] * 4}
     with running(encoders(0), max_queue=8, max_batch=8) as server:
@@ -350,10 +456,10 @@ def test_a_full_queue_answers_429_and_resource_exhausted_at_once(encoders, png):
         still_well(server, png(0))
 
 
-def request_of(image: bytes) -> predict_pb2.PredictRequest:
+def request_of(*images: bytes) -> predict_pb2.PredictRequest:
     request = predict_pb2.PredictRequest()
     request.model_spec.name = "encoder"
-    request.inputs["image_bytes"].CopyFrom(tf.make_tensor_proto([image]))
+    request.inputs["image_bytes"].CopyFrom(tf.make_tensor_proto(images))
     return request
 
 

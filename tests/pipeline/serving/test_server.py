@@ -14,9 +14,11 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import grpc
 import pytest
 import requests
 import tensorflow as tf
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from running_server import busy, running
 from tensorflow_serving.apis import predict_pb2
 
@@ -89,6 +91,23 @@ def test_a_stop_finishes_what_waits_in_the_queue_by_rest_and_grpc(encoders, png)
         stopped.result(30)
         assert rest.result(30).status_code == 200
         assert len(by_grpc.result().outputs["embedding"].float_val) == 6
+
+
+def test_a_stop_does_not_wait_for_who_watches_its_health(encoders):
+    with running(encoders(0), grace=20.0) as server:
+        watch = health_pb2_grpc.HealthStub(server.channel).Watch(health_pb2.HealthCheckRequest(), timeout=60)
+        answers = [next(watch).status]
+        asked = server.channel.stream_stream("/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo")(
+            iter([b""]), timeout=60
+        )
+        next(asked)
+        start = time.monotonic()
+        server.wait(server.app.drain(20))
+        assert time.monotonic() - start < 3
+        with pytest.raises(grpc.RpcError) as caught:
+            answers.extend(answer.status for answer in watch)
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+        assert answers == [health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING]
 
 
 def test_a_signal_before_it_is_ready_ends_it(encoders):

@@ -7,6 +7,7 @@ import threading
 import time
 from pathlib import Path
 
+import faulty_storage
 import numpy as np
 import pytest
 import requests
@@ -85,6 +86,47 @@ def test_going_back_by_the_pointer_is_followed(base, encoders):
         publish.rollback(base, first.number)
         look(server)
         assert version(server) == int(first.number)
+
+
+def test_versions_in_a_bucket_are_followed_and_refused_as_in_a_directory(encoders, tmp_path, monkeypatch, caplog, png):
+    body = {"instances": [{"b64": base64.b64encode(png(0)).decode()}]}
+    closed = threading.Event()
+
+    def plan(_: int, __: faulty_storage.Request) -> faulty_storage.Answer | None:
+        return faulty_storage.refusal(403, "forbidden", "no") if closed.is_set() else None
+
+    with faulty_storage.storage() as storage, faulty_storage.proxy(storage, plan) as proxy:
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", faulty_storage.url(proxy))
+        at = publish.place("gs://models/encoder")
+        first = int(os.path.basename(publish.publish(str(encoders(0)), at)))
+        with running(encoders(0)) as local, running("gs://models/encoder") as server:
+            answers = [one.post("/v1/models/encoder:predict", json=body).json() for one in (local, server)]
+            assert answers[0] == answers[1]
+
+            shutil.copytree(encoders(1), tmp_path / "broken")
+            break_variables(tmp_path / "broken")
+            broken = int(os.path.basename(publish.publish(str(tmp_path / "broken"), at)))
+            for _ in range(2):
+                look(server)
+            assert states(server) == {first: "AVAILABLE", broken: "END"}
+            assert sum(f"version {broken} is refused" in record.getMessage() for record in caplog.records) == 1
+
+            closed.set()  # the bucket can no longer be read
+            for _ in range(2):
+                look(server)
+            (line,) = [message for message in caplog.messages if "cannot look for new versions" in message]
+            assert "gs://models/encoder" in line
+            assert server.post("/v1/models/encoder:predict", json=body).json() == answers[1]
+            closed.clear()
+
+            third = int(os.path.basename(publish.publish(str(encoders(1)), at)))
+            look(server)
+            assert version(server) == third
+            assert server.post("/v1/models/encoder:predict", json=body).json() != answers[1]
+            publish.rollback(at, str(first))
+            look(server)
+            assert server.post("/v1/models/encoder:predict", json=body).json() == answers[1]
+            assert states(server) == {first: "AVAILABLE", broken: "END", third: "END"}
 
 
 def break_graph(folder: Path) -> None:
