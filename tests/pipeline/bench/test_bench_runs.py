@@ -7,7 +7,7 @@ import pytest
 from ml_metadata import metadata_store
 from ml_metadata.proto import metadata_store_pb2
 
-from pipeline.bench import _runs
+from pipeline.bench import _runs, kills
 
 ALLOWED = (
     _runs.Allowed(r"Trainer/model_run/training\.json", "speeds", ("images_per_second",)),
@@ -83,3 +83,14 @@ def test_folders_that_no_successful_execution_stands_for_are_seen(tmp_path):
     execution.last_known_state = metadata_store_pb2.Execution.COMPLETE
     store.put_executions([execution])
     assert _runs.left_over(home) == []
+
+
+def test_kills_that_were_seen_are_gone_on_from(tmp_path):
+    kept = tmp_path / "new" / "kills.json"
+    assert kills._load(kept) == kills.Done()
+    seen = kills.Done(("Trainer", "no_component"), 1)
+    kills._save(kept, seen)
+    assert kills._load(kept) == seen
+    kills._save(None, seen)
+    assert kills._load(None) == kills.Done()
+    assert [path.name for path in kept.parent.iterdir()] == ["kills.json"]
