@@ -620,7 +620,7 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", metavar="NAME", help=", ".join(names))
     parser.add_argument("--json", action=_Once, metavar="FILE", help="also write the figures there")
     parser.add_argument(
-        "--out", action=_Once, metavar="DIR", help="folder for pictures, and to go on from if interrupted (leak)"
+        "--out", action=_Once, metavar="DIR", help="folder for pictures, and to go on from if interrupted (leak, kills)"
     )
     parser.add_argument(
         "--count", type=int, action=_Once, metavar="N", help="kills (kills), or requests (serve, tiny_requests)"

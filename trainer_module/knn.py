@@ -122,7 +122,7 @@ def _cores() -> int:
 def _nearest_of_chunk(
     bank: NDArray[np.float32], queries: NDArray[np.float32], k: int, floor: NDArray[np.float32]
 ) -> NDArray[np.uint64]:
-    finite = np.isfinite(queries).all(axis=1)
+    finite = np.all(np.isfinite(queries), axis=1)
     queries = np.where(finite[:, None], queries, np.float32(0))
     rough = queries @ bank.T
     # A float32 sum of D products of unit vectors is wrong by less than D 2^-24; rounding takes the rest. Twice: the

@@ -20,6 +20,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from trainer_module import npz
 from trainer_module.errors import UserError
 
 if TYPE_CHECKING:
@@ -173,7 +174,7 @@ def write_tensors(path: str, tensors: Mapping[str, np.ndarray]) -> None:
     check_suffix(path, path)
     if path.endswith(".npz"):
         buffer = io.BytesIO()
-        np.savez(buffer, **tensors)
+        npz.write(buffer, tensors)
         data = buffer.getvalue()
     else:
         data = safetensors.numpy.save(dict(tensors), metadata={"format": "pt"})

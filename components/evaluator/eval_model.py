@@ -11,6 +11,7 @@ from tensorflow_model_analysis.proto import config_pb2
 from tfx.dsl.io import fileio
 from tfx.utils import path_utils
 
+from components.evaluator.batches import FixedBatches
 from components.evaluator.config import EvaluateConfig
 from components.evaluator.extractor import JudgeImages
 from components.evaluator.metrics import read_config
@@ -45,7 +46,8 @@ def custom_eval_shared_model(
 def custom_extractors(
     eval_shared_model: Any, eval_config: config_pb2.EvalConfig, tensor_adapter_config: Any
 ) -> list[tfma.extractors.Extractor]:
-    """Returns TFMA's default extractors with ours before the one that makes slices, so that it sees eval images alone.
+    """Returns TFMA's default extractors with ours: of batches, first, and of judging, before the one that makes slices,
+    so that it sees eval images alone.
 
     Args:
         eval_shared_model: one model, or candidate and baseline.
@@ -64,8 +66,9 @@ def custom_extractors(
         baseline=tfma.BASELINE_KEY if both else "",
         columns=sorted({key for spec in eval_config.slicing_specs for key in spec.feature_keys}),
     )
+    batches = tfma.extractors.Extractor(stage_name="FixedBatches", ptransform=FixedBatches())
     ours = tfma.extractors.Extractor(stage_name="JudgeImages", ptransform=judge)
-    return [*extractors[:-1], ours, extractors[-1]]
+    return [batches, *extractors[:-1], ours, extractors[-1]]
 
 
 def _gone(path: str, model_name: str) -> str:

@@ -97,7 +97,8 @@ def _fit(
     if len(model.classes_) > 2:
         return model.coef_, model.intercept_
     # Of two classes scikit-learn keeps the log-odds of the second alone.
-    return np.concatenate([-model.coef_, model.coef_]) / 2, np.concatenate([-model.intercept_, model.intercept_]) / 2
+    weights, bias = (np.concatenate([-one, one]) * np.float32(0.5) for one in (model.coef_, model.intercept_))
+    return weights, bias
 
 
 def _model() -> LogisticRegression:

@@ -194,7 +194,7 @@ class Search:
         return self._best
 
     def _search(self, rows: Rows) -> None:
-        rows = rows.take(np.isfinite(rows.vectors).all(axis=1))
+        rows = rows.take(np.all(np.isfinite(rows.vectors), axis=1))
         rows = rows.take(np.argsort(rows.keys, kind="stable"))
         full = self._best.codes.shape[1] == self._k
         floor = decode(self._best.codes[:, -1])[0] if full else None

@@ -134,7 +134,7 @@ class Scorecard:
 
 def score(images: Slice, config: EvaluateConfig) -> Scorecard:
     """Measures a slice and, if it is the whole, applies the rules."""
-    finite = images.finite.all(axis=0) if images.facts is None else images.facts.finite
+    finite = np.all(images.finite, axis=0) if images.facts is None else images.facts.finite
     by_name: dict[str, dict[str, Estimate]] = {}
     shared: dict[str, NDArray[np.float64]] = {}
     for number, name in enumerate(REPRESENTATIONS):

@@ -72,7 +72,7 @@ def recall(classes: Sequence[str], counts: NDArray[np.int64]) -> list[Recall]:
     Returns:
         The classes that have images, in their order.
     """
-    return [_recall(classes, row, counts[row]) for row in np.flatnonzero(counts.sum(axis=1))]
+    return [_recall(classes, int(row), counts[row]) for row in np.flatnonzero(counts.sum(axis=1))]
 
 
 def _recall(classes: Sequence[str], own: int, taken: NDArray[np.int64]) -> Recall:

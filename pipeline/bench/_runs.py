@@ -73,6 +73,8 @@ ALLOWED = (
     Allowed(r".*/model_card\.md", "the same in words"),
     Allowed(r"Evaluator/evaluation/eval_config\.json", "the model's folder, by its execution", ("modelLocations",)),
 )
+# TFT names what it keeps of a split after the folder that it read: the number of an execution, and a hash of the name.
+_SPLIT_READ = re.compile(r"(/artifacts-\w+-examples-)\d+(-Split-\w+-STAR-)[0-9a-f]{64}(?=/)")
 UNTOLD = r"Trainer/model_run/train/events\..*"  # TensorBoard's files: one for each start, by time and process
 
 
@@ -234,7 +236,7 @@ def contents(home: Path, allowed: tuple[Allowed, ...] = ALLOWED) -> dict[str, st
             parts = list(path.relative_to(root).parts)
             if path.is_file() and _TFX_OWN not in parts and len(parts) > skipped + 1:
                 del parts[skipped]
-                name = "/".join(parts)
+                name = _SPLIT_READ.sub(r"\1N\2HASH", "/".join(parts))
                 if re.fullmatch(UNTOLD, name):
                     continue
                 found[name] = hashlib.sha256(_essence(name, path.read_bytes(), allowed)).hexdigest()

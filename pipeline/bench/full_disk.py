@@ -28,12 +28,16 @@ def measure() -> Mapping[str, float]:
     alone = ["unshare", "--user", "--map-root-user", "--mount"]
     if not shutil.which("unshare") or subprocess.run([*alone, "true"], check=False, capture_output=True).returncode:
         raise UserError("full_disk needs 'unshare' of util-linux and a kernel that lets you make user namespaces")
-    with tempfile.TemporaryDirectory() as folder:
+    figures: dict[str, float] = {}
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile("w+") as said:
         command = [*alone, sys.executable, "-I", "-m", "pipeline.bench._full_disk", folder]
-        done = subprocess.run(command, check=False, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(done.stderr[-3000:])
-    result = json.loads(done.stdout)
-    for line in result["lines"]:
-        console.line(line)
-    return result["figures"]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=said, text=True) as child:
+            for line in child.stdout or ():
+                if line.startswith("{"):
+                    figures = json.loads(line)
+                else:
+                    console.line(line.rstrip())
+        if child.returncode:
+            said.seek(0)
+            raise RuntimeError(said.read()[-3000:])
+    return figures

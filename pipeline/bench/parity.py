@@ -18,6 +18,7 @@ from pipeline import console, side_env
 from pipeline.bench._comparison import TORCH_PROGRAM, Settings, make_driver, make_moco, make_model
 from pipeline.bench._worker import THREADS, started
 from pipeline.worker import ROOT
+from trainer_module import npz
 
 if TYPE_CHECKING:
     import keras
@@ -152,7 +153,7 @@ class _Training:
         seeds = [tf.constant([_SETTINGS.seed, step]) for step in range(_STEPS)]
         np.save(folder / "views.npy", self._views)
         np.save(folder / "permutations.npy", np.stack([permutation(seed, _SETTINGS.batch) for seed in seeds]))
-        np.savez(folder / "start.npz", **torch_tensors(self._model, self._driver().state()))
+        npz.write(folder / "start.npz", torch_tensors(self._model, self._driver().state()))
 
     def losses(self, precision: str) -> list[float]:
         """Of each step."""

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from components.image_example_gen import sources
-from trainer_module import config_json
+from trainer_module import config_json, npz
 
 _ROW_GROUP = 4096
 ABOUT = b"moco.index"  # key of a file's metadata
@@ -184,7 +184,7 @@ def _write_npz(tables: Tables, path: Path, about: About) -> None:
             arrays["embedding"][part] = vectors(table, about.dimensions)
             start += table.num_rows
         with path.open("wb") as file:
-            np.savez(file, **{name: arrays[name] for name in _SCHEMA.names}, about=np.array(about.to_json()))
+            npz.write(file, {name: arrays[name] for name in _SCHEMA.names} | {"about": np.array(about.to_json())})
 
 
 def _texts(table: pa.Table, name: str) -> list[str]:

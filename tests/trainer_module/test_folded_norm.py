@@ -73,12 +73,13 @@ def test_float32_is_exact_to_rounding_as_the_fused_form_is(offset, limit):
         assert max(off.values()) < limit, (form, off)
 
 
-@pytest.mark.parametrize("offset", [0.5, 5.0], ids=["centred", "far from zero"])
-def test_bfloat16_rounds_what_goes_in_and_out_and_not_the_statistics(offset):
+@pytest.mark.parametrize(("offset", "limit"), [(0.5, 2.0**-7), (5.0, 2.0**-6)], ids=["centred", "far from zero"])
+def test_bfloat16_rounds_what_goes_in_and_out_and_not_the_statistics(offset, limit):
+    """Far from zero the gradients are what is left of larger terms, which XLA rounds on processors with bfloat16."""
     given, weight = arguments(tf.bfloat16, offset)
     off = errors(results(folded, given, weight), results(exact, given, weight))
     assert max(off["mean"], off["variance"]) < 1e-5, off
-    assert max(off.values()) < 2.0**-7, off
+    assert max(off.values()) < limit, off
 
 
 def test_a_channel_that_is_constant_becomes_beta():

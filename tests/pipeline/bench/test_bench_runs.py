@@ -7,7 +7,7 @@ import pytest
 from ml_metadata import metadata_store
 from ml_metadata.proto import metadata_store_pb2
 
-from pipeline.bench import _runs
+from pipeline.bench import _runs, kills
 
 ALLOWED = (
     _runs.Allowed(r"Trainer/model_run/training\.json", "speeds", ("images_per_second",)),
@@ -83,3 +83,28 @@ def test_folders_that_no_successful_execution_stands_for_are_seen(tmp_path):
     execution.last_known_state = metadata_store_pb2.Execution.COMPLETE
     store.put_executions([execution])
     assert _runs.left_over(home) == []
+
+
+def test_what_tft_keeps_of_a_split_is_known_whatever_execution_made_it(tmp_path):
+    def kept(home: str, number: int, content: str) -> dict[str, str]:
+        split = f"artifacts-ImageExampleGen-examples-{number}-Split-train-STAR-{number:064x}"
+        path = tmp_path / home / "artifacts" / "Transform" / "updated_analyzer_cache" / "6" / split / "MANIFEST"
+        path.parent.mkdir(parents=True)
+        path.write_text(content)
+        return _runs.contents(tmp_path / home)
+
+    one, other = kept("one", 1, "sums"), kept("other", 12, "sums")
+    assert one == other
+    assert len(one) == 1
+    assert _runs.differing(one, kept("another", 1, "other sums")) == list(one)
+
+
+def test_kills_that_were_seen_are_gone_on_from(tmp_path):
+    kept = tmp_path / "new" / "kills.json"
+    assert kills._load(kept) == kills.Done()
+    seen = kills.Done(("Trainer", "no_component"), 1)
+    kills._save(kept, seen)
+    assert kills._load(kept) == seen
+    kills._save(None, seen)
+    assert kills._load(None) == kills.Done()
+    assert [path.name for path in kept.parent.iterdir()] == ["kills.json"]

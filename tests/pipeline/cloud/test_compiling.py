@@ -3,6 +3,9 @@
 import difflib
 import json
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from essentials import CASES, GOLDEN, compiled, to_yaml
@@ -20,6 +23,18 @@ from pipeline.cloud.targets import Target
 from pipeline.cloud.vertex import Connection
 from pipeline.config import load
 from trainer_module.errors import UserError
+
+ROOT = Path(compiling.__file__).parents[2]
+# Ends whatever asks the network, in Python, and says so even where that is caught.
+DEAF = """
+import runpy, sys
+def told(event, arguments):
+    if event in ("socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "socket.sendto"):
+        print(event, arguments, file=sys.stderr, flush=True)
+        raise OSError(f"{event} {arguments}")
+sys.addaudithook(told)
+"""
+COMMAND = DEAF + "runpy.run_module('pipeline', run_name='__main__', alter_sys=True)"
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +110,29 @@ def test_what_is_written_is_the_same_each_time_and_names_nothing_of_this_machine
     text = to_text(again, Target.vertex)
     assert text == to_text(jobs["vertex_v5e_16"], Target.vertex)
     assert json.loads(text) == again
-    assert str(compiling.__file__).partition("/pipeline/")[0] not in text
+    assert str(ROOT) not in text
+
+
+def test_the_command_asks_nobody_from_its_first_import_on_and_needs_no_account(jobs, tmp_path):
+    """In a process of its own, without a home and whatever else the environment may tell of an account."""
+    file = tmp_path / "pipeline.json"
+    words = ["compile", "--target", "vertex", "--config", "vertex_v5e_16", "--out", str(file)]
+    done = subprocess.run(
+        [sys.executable, "-c", COMMAND, *words],
+        cwd=ROOT,
+        env={"PATH": "/usr/bin:/bin", "HOME": str(tmp_path / "nobody")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert file.read_text() == to_text(jobs["vertex_v5e_16"], Target.vertex)
+
+
+def test_a_command_that_asks_would_be_seen():
+    asks = "import http.client; http.client.HTTPConnection('127.0.0.1', 9).request('GET', '/')"
+    done = subprocess.run([sys.executable, "-c", DEAF + asks], capture_output=True, text=True, check=False)
+    assert "socket.getaddrinfo" in done.stderr.partition("\n")[0]
 
 
 def test_every_artifact_type_can_be_imported_by_the_containers(jobs):
