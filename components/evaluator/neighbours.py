@@ -179,29 +179,34 @@ class Search:
 
     def add(self, rows: Rows) -> None:
         """Adds a piece of the bank."""
-        if len(rows):
-            self._waiting.append(rows)
-        while sum(map(len, self._waiting)) >= self._part_rows:
-            ready = Rows.join(self._waiting)
-            self._waiting = [ready.take(slice(self._part_rows, None))]
-            self._search(ready.take(slice(0, self._part_rows)))
+        while len(rows):
+            room = self._part_rows - sum(map(len, self._waiting))
+            self._waiting.append(rows.take(slice(0, room)))
+            rows = rows.take(slice(room, None))
+            if len(self._waiting[-1]) == room:
+                self._search_waiting()
 
     def result(self) -> Partial:
         """Of all that was added."""
         if self._waiting:
-            self._search(Rows.join(self._waiting))
-            self._waiting = []
+            self._search_waiting()
         return self._best
 
-    def _search(self, rows: Rows) -> None:
-        order = np.argsort(rows.keys, kind="stable")
-        vectors, finite = widened(rows.vectors, order)
+    def _search_waiting(self) -> None:
+        keys, labels = (
+            np.concatenate(column) for column in zip(*((rows.keys, rows.labels) for rows in self._waiting), strict=True)
+        )
+        order = np.argsort(keys, kind="stable")
+        places = np.empty_like(order)
+        places[order] = np.arange(len(order))
+        vectors, finite = widened([rows.vectors for rows in self._waiting], places)
+        self._waiting = []
         if not finite.all():
             vectors, order = vectors[finite], order[finite]
         full = self._best.codes.shape[1] == self._k
         floor = decode(self._best.codes[:, -1])[0] if full else None
         codes = nearest(vectors, self._queries.vectors, self._k, floor)
-        part = Partial(self._queries.keys, codes, rows.keys[order], rows.labels[order])
+        part = Partial(self._queries.keys, codes, keys[order], labels[order])
         self._best = merge([self._best, part], self._k)
 
 
