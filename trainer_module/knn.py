@@ -10,6 +10,8 @@ and the queries are cut into pieces nor on the processor.
 import concurrent.futures
 import math
 import os
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,12 +19,16 @@ from threadpoolctl import threadpool_limits
 
 _CHUNK_BYTES = 64 * 1024 * 1024
 _COLUMNS = 4096  # rows of the bank that are held as float64 at once
+_CACHED_BYTES = 1 << 19  # of selected rows, as float64: they stay in a core's own cache
+_WIDENED_ROWS = 256  # at once, by a core
 _GROUPS = 1024
 _SMALL = 1 << 30  # multiplications; below that, threads would cost more than they save
 _DENSE = 1 / 16  # share of the rows from which on a product of whole matrices is faster than one of selected rows
 _SIGN = np.uint32(1 << 31)
 _LAST = np.uint64(2**32 - 1)
 _HALF = np.uint64(32)
+
+T = TypeVar("T")
 
 
 def unit(vectors: NDArray) -> NDArray[np.float32]:
@@ -62,6 +68,34 @@ def largest(codes: NDArray[np.uint64], k: int) -> NDArray[np.uint64]:
     return np.sort(codes, axis=1)[:, ::-1]
 
 
+def widened(pieces: Sequence[NDArray], places: NDArray[np.integer]) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    """Several pieces of a bank as one of float32 in another order, by all cores, and whether each row is finite.
+
+    Args:
+        pieces: at least one, [n, D], N rows in all, of length 1, or with NaN or infinity.
+        places: int [N], where each of the pieces' rows shall stand: a permutation.
+
+    Returns:
+        float32 [N, D] and bool [N], both by place.
+    """
+    wide, finite = np.empty((len(places), pieces[0].shape[1]), np.float32), np.empty(len(places), np.bool_)
+    starts = np.cumsum([0, *map(len, pieces)])
+    blocks = [
+        (piece[row : row + _WIDENED_ROWS], places[start + row : start + min(row + _WIDENED_ROWS, len(piece))])
+        for piece, start in zip(pieces, starts[:-1], strict=True)
+        for row in range(0, len(piece), _WIDENED_ROWS)
+    ]
+
+    def widen(block: tuple[NDArray, NDArray[np.integer]]) -> None:
+        rows, where = block[0].astype(np.float32), block[1]
+        wide[where] = rows
+        with np.errstate(invalid="ignore"):  # of infinity less infinity
+            finite[where] = np.isfinite(rows.sum(axis=1))
+
+    _on_all_cores(widen, blocks)
+    return wide, finite
+
+
 def nearest(
     bank: NDArray,
     queries: NDArray,
@@ -97,10 +131,15 @@ def nearest(
             search(chunk)
         return codes
     # A thread for each chunk, and none of BLAS's own: those spin after a product and hold up what comes next.
-    with threadpool_limits(1, user_api="blas"), concurrent.futures.ThreadPoolExecutor(_cores()) as pool:
-        for _ in pool.map(search, chunks):
-            pass
+    with threadpool_limits(1, user_api="blas"):
+        _on_all_cores(search, chunks)
     return codes
+
+
+def _on_all_cores(work: Callable[[T], None], parts: Iterable[T]) -> None:
+    with concurrent.futures.ThreadPoolExecutor(_cores()) as pool:
+        for _ in pool.map(work, parts):
+            pass
 
 
 def _chunks(queries: int, bank: tuple[int, ...], chunk_bytes: int) -> list[slice]:
@@ -153,13 +192,19 @@ def _codes_of_chosen(
     bank: NDArray[np.float32], queries: NDArray[np.float32], chosen: NDArray[np.bool_]
 ) -> NDArray[np.uint64]:
     """Returns uint64 [Q, most chosen rows of a query], by products with the chosen rows alone."""
-    counts = np.count_nonzero(chosen, axis=1)
-    ends = np.cumsum(counts)
     query, row = np.divmod(np.flatnonzero(chosen), chosen.shape[1])
-    exact = np.empty(len(row))
+    counts = np.bincount(query, minlength=len(queries))
+    ends = np.cumsum(counts)
+    exact, wide = np.empty(len(row)), queries.astype(np.float64)
+    step = max(1, _CACHED_BYTES // (8 * bank.shape[1]))
+    some, some_wide = np.empty((step, bank.shape[1]), np.float32), np.empty((step, bank.shape[1]))
     for number, (count, end) in enumerate(zip(counts, ends, strict=True)):
-        mine = slice(end - count, end)
-        exact[mine] = np.einsum("nd,d->n", bank[row[mine]], queries[number], dtype=np.float64)
+        for start in range(end - count, end, step):
+            mine = slice(start, min(start + step, end))
+            size = mine.stop - start
+            np.take(bank, row[mine], axis=0, out=some[:size], mode="clip")  # the other modes copy once more
+            some_wide[:size] = some[:size]
+            np.dot(some_wide[:size], wide[number], out=exact[mine])
     codes = np.zeros((len(queries), counts.max(initial=0)), np.uint64)
     codes[query, np.arange(len(row)) - (ends - counts)[query]] = encode(exact, row)
     return codes

@@ -18,6 +18,7 @@ from components.evaluator.scorecard import Facts
 _RANK_BITS = 63  # what Beam encodes as an integer
 _BITS = 16  # of a rank that samples are cut by
 _GROUPS = ("train", "eval", "labelled_train")
+LABEL = "image/label"
 
 
 class Image(NamedTuple):
@@ -27,7 +28,7 @@ class Image(NamedTuple):
         key: its SHA-256 in hexadecimal.
         in_bank: whether it is of the train split.
         label: None without.
-        features: those that slices are made by.
+        features: those that slices are made by and that it has; none of an image in the bank.
         views: of each representation; vectors of length 1, NaN if they were not finite.
         leak: what the export says of the alarm, None if nothing.
     """
@@ -55,6 +56,7 @@ class Tally:
         broken: representations with a vector that is not finite.
         widths: dimensions of each representation.
         leaks: what exports say.
+        columns: of those that slices are made by, which eval images have.
     """
 
     ranks: dict[str, NDArray[np.int64]] = dataclasses.field(
@@ -65,6 +67,7 @@ class Tally:
     broken: set[str] = dataclasses.field(default_factory=set)
     widths: dict[str, int] = dataclasses.field(default_factory=dict)
     leaks: set[str | None] = dataclasses.field(default_factory=set)
+    columns: set[str] = dataclasses.field(default_factory=set)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,6 +115,7 @@ class TakeCensus(beam.CombineFn):
             if not all(vector is None or np.isfinite(vector).all() for vector in views):
                 accumulator.broken.add(name)
         accumulator.leaks.add(element.leak)
+        accumulator.columns |= element.features.keys()
         return accumulator
 
     def merge_accumulators(self, accumulators: Iterable[Tally]) -> Tally:
@@ -125,6 +129,7 @@ class TakeCensus(beam.CombineFn):
             total.broken |= one.broken
             total.widths |= one.widths
             total.leaks |= one.leaks
+            total.columns |= one.columns
         return total
 
     def extract_output(self, accumulator: Tally) -> Census:
@@ -137,6 +142,8 @@ class TakeCensus(beam.CombineFn):
             "geometry": _end(ranks["eval"], min(config.max_geometry, config.max_queries)),
         }
         classes = tuple(sorted(accumulator.bank.keys() | accumulator.queries.keys()))
+        # Of unlabelled images it is told elsewhere that they are.
+        expected = {LABEL} if not accumulator.bank and not accumulator.queries else set()
         facts = Facts(
             classes=classes,
             bank_counts=np.array([accumulator.bank[name] for name in classes], np.int64),
@@ -147,6 +154,7 @@ class TakeCensus(beam.CombineFn):
             widths=np.array([accumulator.widths.get(name, 0) for name in REPRESENTATIONS]),
             leak=" ".join(sorted(filter(None, accumulator.leaks))) if accumulator.leaks - {None} else None,
             has_baseline=self._has_baseline,
+            unsliced=tuple(name for name in config.slices if name not in accumulator.columns | expected),
         )
         return Census(facts, ends)
 

@@ -6,7 +6,7 @@ columns that slices are made by. One further row, of the overall slice alone, ho
 
 Memory: an image is carried as float16 vectors (4 KB for 2,048 dimensions), and never all of them by one worker; for the
 search see components.evaluator.neighbours, 2.8 GB for 50,000 queries whatever the bank. The probe's images come
-together on one worker: 10,000 x (2,048 float16 + float32) are 120 MB, a few times that while it is fitted.
+together on one worker: 10,000 x (3,072 float16 + float64) are 310 MB, a few times that while it is fitted.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from tensorflow_model_analysis import constants
 
 from components.evaluator import linear_probe
-from components.evaluator.census import Census, Image, TakeCensus
+from components.evaluator.census import LABEL, Census, Image, TakeCensus
 from components.evaluator.config import EvaluateConfig
 from components.evaluator.neighbours import NearestNeighbours, Neighbours, Rows
 from components.evaluator.outcomes import (
@@ -40,7 +40,6 @@ from trainer_module.knn import unit
 OUTCOME_KEY = "embedding_outcome"  # of extracts: an Outcome, or the Facts of both splits
 _SHA = "image/sha256"
 _SPLIT = "image/split"
-_LABEL = "image/label"
 _BATCH = (256, 4096)  # images in an element of the search
 
 
@@ -118,12 +117,12 @@ def embedded(extracts: dict[str, Any], candidate: str, baseline: str, columns: S
     views = {name: _views(own, name, in_bank) for name in PREFIXES}
     if baseline:
         views[BASELINE] = _views(predictions[baseline], EMBEDDING, in_bank)
-    label, leak = _value(features, _LABEL), _value(own, "leak")
+    label, leak = _value(features, LABEL), _value(own, "leak")
     return Image(
         key=_value(features, _SHA) or b"",
         in_bank=in_bank,
         label=None if label is None else label.decode("utf-8", "replace"),
-        features={} if in_bank else {name: features[name] for name in columns if name in features},
+        features={} if in_bank else {name: features[name] for name in columns if _value(features, name) is not None},
         views=views,
         leak=None if leak is None else leak.decode(),
     )

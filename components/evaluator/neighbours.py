@@ -4,8 +4,8 @@ The queries are the small side: every worker holds them all (50,000 x 2,048 floa
 parts of the bank as they come by. Of a bundle's parts only each query's k nearest rows leave it; a combiner merges
 those of all bundles, block by block of the queries. Nothing is larger than it has to be:
 
-- a worker holds the queries twice (as they came, and joined: 4 Q D bytes), one part of the bank (8 bytes a number, at
-  most 512 MiB), a chunk of similarities for each core (some 100 MiB), 24 Q k bytes of codes, and keys and labels of
+- a worker holds the queries twice (as they came, and joined: 4 Q D bytes), one part of the bank (6 bytes a number, at
+  most 384 MiB), a chunk of similarities for each core (some 100 MiB), 24 Q k bytes of codes, and keys and labels of
   the rows that are among some query's k nearest: with Beam itself 2.9 GB for 50,000 queries, 2,048 dimensions and k =
   200. Of all these only the keys and labels can grow with the bank, by 72 bytes a row, until they are Q k;
 - what is shuffled is 8 Q k bytes a bundle (80 MB for these), and key and label (72 bytes for SHA-256 in hexadecimal) of
@@ -25,7 +25,7 @@ from apache_beam.typehints.decorators import no_annotations
 from apache_beam.utils.windowed_value import WindowedValue
 from numpy.typing import NDArray
 
-from trainer_module.knn import decode, largest, nearest, unit
+from trainer_module.knn import decode, largest, nearest, unit, widened
 
 _BLOCKS = 16  # of the queries: how many workers can merge at once
 _PART_BYTES = 256 << 20  # of the part of the bank that is searched at once, as float32
@@ -179,27 +179,34 @@ class Search:
 
     def add(self, rows: Rows) -> None:
         """Adds a piece of the bank."""
-        if len(rows):
-            self._waiting.append(rows)
-        while sum(map(len, self._waiting)) >= self._part_rows:
-            ready = Rows.join(self._waiting)
-            self._waiting = [ready.take(slice(self._part_rows, None))]
-            self._search(ready.take(slice(0, self._part_rows)))
+        while len(rows):
+            room = self._part_rows - sum(map(len, self._waiting))
+            self._waiting.append(rows.take(slice(0, room)))
+            rows = rows.take(slice(room, None))
+            if len(self._waiting[-1]) == room:
+                self._search_waiting()
 
     def result(self) -> Partial:
         """Of all that was added."""
         if self._waiting:
-            self._search(Rows.join(self._waiting))
-            self._waiting = []
+            self._search_waiting()
         return self._best
 
-    def _search(self, rows: Rows) -> None:
-        rows = rows.take(np.all(np.isfinite(rows.vectors), axis=1))
-        rows = rows.take(np.argsort(rows.keys, kind="stable"))
+    def _search_waiting(self) -> None:
+        keys, labels = (
+            np.concatenate(column) for column in zip(*((rows.keys, rows.labels) for rows in self._waiting), strict=True)
+        )
+        order = np.argsort(keys, kind="stable")
+        places = np.empty_like(order)
+        places[order] = np.arange(len(order))
+        vectors, finite = widened([rows.vectors for rows in self._waiting], places)
+        self._waiting = []
+        if not np.all(finite):
+            vectors, order = vectors[finite], order[finite]
         full = self._best.codes.shape[1] == self._k
         floor = decode(self._best.codes[:, -1])[0] if full else None
-        codes = nearest(rows.vectors, self._queries.vectors, self._k, floor)
-        part = Partial(self._queries.keys, codes, rows.keys, rows.labels)
+        codes = nearest(vectors, self._queries.vectors, self._k, floor)
+        part = Partial(self._queries.keys, codes, keys[order], labels[order])
         self._best = merge([self._best, part], self._k)
 
 

@@ -76,6 +76,7 @@ class Facts:
         widths: int64 [representations], dimensions.
         leak: what the alarm says, empty if it is silent, None where the export does not say.
         has_baseline: whether there is a last blessed model.
+        unsliced: columns that slices should be made by, and that no eval image has.
     """
 
     classes: tuple[str, ...]
@@ -87,6 +88,7 @@ class Facts:
     widths: NDArray[np.int64]
     leak: str | None
     has_baseline: bool
+    unsliced: tuple[str, ...]
 
     @property
     def labels_meet(self) -> bool:
@@ -256,9 +258,13 @@ def _findings(
 
 
 def _notes(facts: Facts) -> list[str]:
-    notes: list[str] = []
+    notes = [
+        f"no eval image has {column}: evaluate.slices asks for figures of its values, and there are none"
+        for column in (facts.unsliced if facts.query_images else ())
+    ]
     if facts.bank_counts.any() and facts.query_counts.any() and not facts.labels_meet:
-        return ["no eval image has a label of the train split: labels say nothing, and two views are compared instead"]
+        told = "no eval image has a label of the train split: labels say nothing, and two views are compared instead"
+        return [*notes, told]
     for here, there, split, text in (
         (facts.bank_counts, facts.query_counts, "eval", "nothing is known of how well they are found"),
         (facts.query_counts, facts.bank_counts, "train", "they count as not found"),

@@ -121,6 +121,26 @@ class Rule:
 
 
 @dataclasses.dataclass(frozen=True)
+class Recall:
+    """Of one class: how well kNN finds its eval images.
+
+    Attributes:
+        label: the class.
+        images: of it in the eval split.
+        value: share of them that is found.
+        low, high: ends of the 95 % interval.
+        taken_for: the class that the others are taken for most often; None where all are found.
+    """
+
+    label: str
+    images: int
+    value: float
+    low: float
+    high: float
+    taken_for: str | None
+
+
+@dataclasses.dataclass(frozen=True)
 class Evaluation:
     """What the Evaluator found.
 
@@ -130,6 +150,7 @@ class Evaluation:
         rules: that were applied.
         notes: sentences on the images that it judged on.
         metrics: on the eval split.
+        recall: of each class that has eval images; empty where labels say nothing.
     """
 
     blessed: bool
@@ -137,6 +158,7 @@ class Evaluation:
     rules: tuple[Rule, ...]
     notes: tuple[str, ...]
     metrics: tuple[Metric, ...]
+    recall: tuple[Recall, ...]
 
 
 @dataclasses.dataclass(frozen=True)

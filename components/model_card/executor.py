@@ -11,7 +11,7 @@ from tfx.types import artifact_utils
 from tfx.utils import io_utils, path_utils
 
 from components.model_card import facts, markdown, page, sample
-from components.model_card.card import JSON_FILE, MARKDOWN_FILE, PAGE_FILE, Card, Pictures, to_json
+from components.model_card.card import JSON_FILE, MARKDOWN_FILE, PAGE_FILE, Card, Evaluation, Pictures, Recall, to_json
 from components.model_card.config import CardConfig
 from trainer_module import config_json
 from trainer_module.alarms import Interval
@@ -37,8 +37,9 @@ class Executor(base_executor.BaseExecutor):
         statement = config_json.loads(CardConfig, exec_properties["statement"])
         config = json.loads(exec_properties["config"])
         intervals = read_intervals(posixpath.join(inputs["model_run"].uri, "train", FILE))
-        material = _material(inputs, intervals, pictures=statement.pictures)
-        card = self._card(inputs, exec_properties, statement, config, page.shown(material))
+        evaluation = facts.read_evaluation(inputs["evaluation"], inputs["blessing"])
+        material = _material(inputs, evaluation.recall, intervals, pictures=statement.pictures)
+        card = self._card(inputs, exec_properties, statement, config, evaluation, page.shown(material))
         for name, text in (
             (JSON_FILE, to_json(card)),
             (MARKDOWN_FILE, markdown.to_markdown(card)),
@@ -52,6 +53,7 @@ class Executor(base_executor.BaseExecutor):
         exec_properties: Mapping[str, Any],
         statement: CardConfig,
         config: Mapping[str, Any],
+        evaluation: Evaluation,
         pictures: Pictures,
     ) -> Card:
         training = facts.read_training(inputs["model_run"], config)
@@ -62,7 +64,7 @@ class Executor(base_executor.BaseExecutor):
             config={**config, "train.epochs": training.epochs},  # a run may have set it
             data=facts.read_data(inputs["examples"]),
             training=training,
-            evaluation=facts.read_evaluation(inputs["evaluation"], inputs["blessing"]),
+            evaluation=evaluation,
             versions=facts.versions(exec_properties["project"]),
             code=json.loads(exec_properties["code"]),
             lineage=facts.lineage(self._context, inputs),
@@ -76,6 +78,7 @@ def _export(inputs: Mapping[str, types.Artifact]) -> str:
 
 def _material(
     inputs: Mapping[str, types.Artifact],
+    recall: tuple[Recall, ...],
     intervals: tuple[Interval, ...],
     *,
     pictures: bool,
@@ -89,4 +92,4 @@ def _material(
         )
         for split, limit in (("train", _BANK), ("eval", _QUERIES))
     )
-    return page.Material(bank, queries, facts.read_recall(inputs["evaluation"]), intervals)
+    return page.Material(bank, queries, recall, intervals)

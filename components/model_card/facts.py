@@ -22,7 +22,7 @@ from components.evaluator.eval_config import (
 )
 from components.model_card.card import Artifact, Data, Evaluation, Figure, Lineage, Rule, Training
 from components.model_card.metrics import make_metrics
-from components.model_card.pictures import Recall, recall
+from components.model_card.pictures import recall
 from trainer_module.run_fn import TRAINING_FILE
 
 _INGEST_FILE = "ingest.json"
@@ -86,12 +86,8 @@ def read_evaluation(evaluation: types.Artifact, blessing: types.Artifact) -> Eva
         rules=tuple(Rule(*rule) for rule in read_rules(evaluation.uri)),
         notes=tuple(read_notes(evaluation.uri)),
         metrics=make_metrics(figures, baseline),
+        recall=tuple(recall(*read_confusion(evaluation.uri))),
     )
-
-
-def read_recall(evaluation: types.Artifact) -> list[Recall]:
-    """How the eval images of each class are found, by the Evaluator's confusion matrix."""
-    return recall(*read_confusion(evaluation.uri))
 
 
 def versions(project: str) -> dict[str, str]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from components.model_card.card import PAGE_FILE, Artifact, Card, Figure, Metric, is_number
+from components.model_card.card import PAGE_FILE, Artifact, Card, Figure, Metric, Recall, is_number
 
 NOT_STATED = "not stated"
 NOTHING = "—"  # where there is no figure
@@ -208,6 +208,9 @@ def _evaluation(card: Card) -> Iterator[str]:
         ("Metric", "this model", *(title for _, title in used)),
         [_metric_row(metric, [key for key, _ in used]) for metric in evaluation.metrics],
     )
+    yield from _table(
+        ("Class", "eval images", "recall by kNN", "the others mostly taken for"), map(_recall_row, evaluation.recall)
+    )
     outcome = {True: "holds", False: "**broken**", None: "does not apply"}
     rules = [(_literal(rule.text), outcome[rule.holds]) for rule in evaluation.rules]
     yield from _table(("Rule of the blessing", ""), rules)
@@ -217,6 +220,16 @@ def _evaluation(card: Card) -> Iterator[str]:
 
 def _metric_row(metric: Metric, columns: Sequence[str]) -> tuple[str, ...]:
     return (metric.title, figure(metric.trained), *(figure(getattr(metric, column)) for column in columns))
+
+
+def _recall_row(recall: Recall) -> tuple[Any, ...]:
+    share = figure(Figure(recall.value, recall.low, recall.high))
+    return (
+        _literal(recall.label),
+        recall.images,
+        share,
+        None if recall.taken_for is None else _literal(recall.taken_for),
+    )
 
 
 def _technical(card: Card) -> Iterator[str]:

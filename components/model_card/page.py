@@ -8,9 +8,9 @@ import numpy as np
 from PIL import Image
 
 from components.model_card import pictures, plots
-from components.model_card.card import MARKDOWN_FILE, Card, Pictures
+from components.model_card.card import MARKDOWN_FILE, Card, Pictures, Recall
 from components.model_card.markdown import figure
-from components.model_card.pictures import Recall, Split
+from components.model_card.pictures import Split
 from trainer_module.alarms import Interval
 
 THUMBNAIL = 80  # pixels

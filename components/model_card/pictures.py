@@ -12,6 +12,8 @@ from scipy.stats import binomtest
 from sklearn.manifold import TSNE
 from threadpoolctl import threadpool_limits
 
+from components.model_card.card import Recall
+
 _FEWEST_FOR_TSNE = 10
 _PERPLEXITY = 30.0
 _STEPS = 500
@@ -32,18 +34,6 @@ class Split:
     labels: tuple[str | None, ...]
     thumbnails: tuple[Image.Image, ...]
     dropped: int = 0
-
-
-@dataclasses.dataclass(frozen=True)
-class Recall:
-    """Of one class: how many of its images are found, with a 95 % interval, and what the others mostly pass for."""
-
-    label: str
-    images: int
-    value: float
-    low: float
-    high: float
-    taken_for: str | None
 
 
 def nearest(bank: Split, queries: Split, k: int) -> tuple[NDArray[np.intp], NDArray[np.float32]]:

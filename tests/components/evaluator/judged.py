@@ -22,6 +22,7 @@ def judged(
     config: EvaluateConfig,
     views: dict[str, tuple[np.ndarray, np.ndarray]] | None = None,
     leak: str | None = "",
+    unsliced: tuple[str, ...] = (),
 ) -> Slice:
     """The whole eval split: vectors [N, .] and views of them by representation, both splits together."""
     vectors = {name: half(value) for name, value in vectors.items()}
@@ -56,6 +57,7 @@ def judged(
         widths=np.array([vectors[name].shape[1] if name in vectors else 0 for name in REPRESENTATIONS]),
         leak=leak,
         has_baseline="baseline" in vectors,
+        unsliced=unsliced,
     )
     return Slice(coded[queries], predicted, hits, np.tile(finite, (count, 1)), samples, facts)
 

@@ -275,6 +275,13 @@ def test_labels_that_one_split_lacks_are_told():
     )
 
 
+def test_a_column_that_no_eval_image_has_is_told():
+    images = make()
+    whole = judged(images.vectors, images.labels, images.in_bank, CONFIG, images.views, unsliced=("image/camera",))
+    told = "no eval image has image/camera: evaluate.slices asks for figures of its values, and there are none"
+    assert score(whole, CONFIG).notes == (told,)
+
+
 @pytest.mark.parametrize(
     ("bank", "queries", "words"),
     [

@@ -17,6 +17,7 @@ from components.model_card.card import (
     Lineage,
     Metric,
     Pictures,
+    Recall,
     Rule,
     Training,
 )
@@ -46,6 +47,7 @@ def make_card(**changes: Any) -> Card:
                 Metric("knn_top1", "kNN top-1", Figure(0.54, 0.49, 0.59), Figure(0.43), Figure(0.45), Figure(None)),
                 Metric("linear_top1", "linear probe top-1", Figure(float("nan"))),
             ),
+            recall=(Recall("birds", 21, 20 / 21, 0.77, 0.99, "frogs"), Recall("frogs", 4, 1.0, 0.51, 1.0, None)),
         ),
         versions={"python": "3.10.1"},
         code={"Trainer": "0123456789abcdef"},

@@ -7,7 +7,7 @@ import pytest
 import yaml
 from materials import COUNTS, make_card
 
-from components.model_card.card import SCHEMA_VERSION, Data, Evaluation, Figure, to_json
+from components.model_card.card import SCHEMA_VERSION, Data, Evaluation, Figure, Recall, to_json
 from components.model_card.config import CardConfig
 from components.model_card.markdown import figure, to_markdown
 from components.model_card.metrics import make_metrics
@@ -31,7 +31,25 @@ def test_the_json_has_the_promised_keys_and_null_for_what_could_not_be_measured(
     assert document["schema_version"] == SCHEMA_VERSION
     assert document["evaluation"]["metrics"][0]["trained"] == {"value": 0.54, "low": 0.49, "high": 0.59}
     assert document["evaluation"]["metrics"][1]["trained"] == {"value": None, "low": None, "high": None}
+    assert document["evaluation"]["recall"] == [
+        {"label": "birds", "images": 21, "value": 20 / 21, "low": 0.77, "high": 0.99, "taken_for": "frogs"},
+        {"label": "frogs", "images": 4, "value": 1.0, "low": 0.51, "high": 1.0, "taken_for": None},
+    ]
     assert document["lineage"]["artifacts"]["model"] == {"type": "Model", "id": 8, "name": None}
+
+
+def test_the_recall_of_each_class_is_read_in_markdown_too_whatever_the_classes_are_called():
+    bad = "a|b *c*"
+    recall = (Recall("birds", 21, 20 / 21, 0.77, 0.99, bad), Recall(bad, 4, 1.0, 0.51, 1.0, None))
+    evaluation = dataclasses.replace(make_card().evaluation, recall=recall)
+    lines = to_markdown(make_card(evaluation=evaluation)).splitlines()
+    (head,) = [
+        number for number, line in enumerate(lines) if line.startswith("| Class | eval images | recall by kNN |")
+    ]
+    assert lines[head + 2] == r"| birds | 21 | 0.952 (0.770 to 0.990) | a\|b \*c\* |"
+    assert lines[head + 3] == r"| a\|b \*c\* | 4 | 1.000 (0.510 to 1.000) | — |"
+    unlabelled = dataclasses.replace(evaluation, recall=())
+    assert "| Class |" not in to_markdown(make_card(evaluation=unlabelled))
 
 
 def test_equal_cards_give_equal_bytes_whatever_the_order_of_their_keys():
@@ -47,7 +65,7 @@ def test_the_markdown_says_what_a_reader_of_cards_looks_for():
         assert f"\n## {heading}\n" in markdown
     assert row(markdown, "Licence") == "| Licence | apache-2.0 |"
     assert row(markdown, "Owner") == "| Owner | not stated |"
-    assert row(markdown, "birds") == "| birds | 60 | 21 |"
+    assert "| birds | 60 | 21 |" in markdown.splitlines()
     assert "Span 7, version 2" in markdown
     assert "- Not for night pictures.\n" in markdown
     assert row(markdown, "kNN top-1") == "| kNN top-1 | 0.540 (0.490 to 0.590) | 0.430 | 0.450 | — |"
@@ -115,7 +133,7 @@ def test_an_ampersand_stays_one_in_the_text_and_in_the_metadata():
 
 
 def test_why_a_model_is_not_blessed_comes_first_in_the_card_and_in_its_limits():
-    verdict = Evaluation(False, ("kNN 0.3 is below the last blessed model's 0.4",), (), (), ())
+    verdict = Evaluation(False, ("kNN 0.3 is below the last blessed model's 0.4",), (), (), (), ())
     card = make_card(evaluation=verdict)
     assert "**Not blessed**: kNN 0.3 is below the last blessed model's 0.4." in to_markdown(card)
     assert card.limits[1] == "This model is not blessed: kNN 0.3 is below the last blessed model's 0.4."

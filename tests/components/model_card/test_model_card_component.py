@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -197,6 +198,11 @@ def test_metrics_stand_with_intervals_and_what_they_are_compared_with_and_rules_
         rule["name"]: rule["holds"] for rule in evaluation["rules"]
     }.items()
     assert all(rule["text"] for rule in evaluation["rules"])
+    labels = json.loads((run.card / "model_card.json").read_text())["data"]["labels"]
+    held_out = {label: splits["eval"] for label, splits in labels.items()}
+    assert {recall["label"]: recall["images"] for recall in evaluation["recall"]} == held_out
+    found = sum(recall["images"] * recall["value"] for recall in evaluation["recall"])
+    assert found / sum(held_out.values()) == pytest.approx(knn["trained"]["value"])
 
 
 def test_the_lineage_names_the_artifacts_and_the_execution_in_the_metadata_store(run):
@@ -221,6 +227,7 @@ def test_people_read_the_same_in_markdown_and_in_pictures(run):
     assert (counts["queries"], counts["neighbours"]) == (12, 8)
     assert page.count('<figure class="query">') == 12
     assert page.count('<th scope="row">') == 3
+    assert len(re.findall(r"^\| (?:flags|food|people) \| \d+ \| [01]\.\d{3} \(", markdown, re.MULTILINE)) == 3
     assert "<h2>Training</h2>" in page
 
 

@@ -15,8 +15,9 @@ from materials import make_card, make_material, make_split
 from PIL import Image
 
 from components.model_card import pictures
+from components.model_card.card import Recall
 from components.model_card.page import Limits, shown, to_html
-from components.model_card.pictures import Recall, Split
+from components.model_card.pictures import Split
 
 NASTY = '</svg><script>alert("1")</script> & $x^2$ <img src=http://x.test/>'
 
