@@ -41,7 +41,7 @@ class Size(NamedTuple):
     dimensions: int
 
 
-WORKER = Size(2 * 16_384, 50_000, 2048)  # two parts of a bank of any size
+WORKER = Size(2 * 16_384, 50_000, 2048)  # the rows that are searched at once, of a bank of any size
 SIZES = (Size(50_000, 5000, 512), Size(200_000, 5000, 512), Size(50_000, 1250, 2048), Size(200_000, 1250, 2048))
 
 
