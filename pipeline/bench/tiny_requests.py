@@ -48,7 +48,7 @@ _BY_REST = (
 _SERVICE = "/tensorflow.serving.PredictionService/"
 _NAMED = b"\x0a\x09\x0a\x07encoder"  # a PredictRequest of the model, with no inputs
 _BY_GRPC = (
-    ("Predict", b"", "NOT_FOUND"),
+    ("Predict", b"", "INVALID_ARGUMENT"),
     ("Predict", b"\xff", "INVALID_ARGUMENT"),
     ("Predict", _NAMED, "INVALID_ARGUMENT"),
     ("Predict", _NAMED, "CANCELLED"),

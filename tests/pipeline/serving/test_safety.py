@@ -231,11 +231,11 @@ def test_pixels_that_an_interpolation_made_are_taken(server):
 
 
 @pytest.mark.parametrize("digits", [30, 5000])
-def test_a_length_of_many_digits_is_400(server, digits):
+def test_a_length_of_many_digits_is_413(server, digits):
     with socket.create_connection(server.rest.removeprefix("http://").split(":")) as client:
         client.sendall(b"POST /v1/models/encoder:predict HTTP/1.1\r\nHost: x\r\nContent-Length: ")
         client.sendall(b"9" * digits + b"\r\n\r\n")
-        assert client.recv(100).startswith(b"HTTP/1.1 400")
+        assert client.recv(100).startswith(b"HTTP/1.1 413")
 
 
 def test_a_body_over_the_limit_is_413_and_is_never_held(small, png):
