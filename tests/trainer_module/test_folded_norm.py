@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from trainer_module import lines
 from trainer_module.batch_norm import FusedBatchNormalization, SplitBatchNormalization
 from trainer_module.folded_norm import convolved_and_normalized
 from trainer_module.lowering import LoweredReplica
@@ -73,9 +74,13 @@ def test_float32_is_exact_to_rounding_as_the_fused_form_is(offset, limit):
         assert max(off.values()) < limit, (form, off)
 
 
-@pytest.mark.parametrize(("offset", "limit"), [(0.5, 2.0**-7), (5.0, 2.0**-6)], ids=["centred", "far from zero"])
+# Far from zero gradients are what is left of larger terms, each of which the XLA of TensorFlow 2.21 may round.
+@pytest.mark.parametrize(
+    ("offset", "limit"),
+    [(0.5, 2.0**-7), (5.0, 2.0**-6 if lines.NEWER else 2.0**-7)],
+    ids=["centred", "far from zero"],
+)
 def test_bfloat16_rounds_what_goes_in_and_out_and_not_the_statistics(offset, limit):
-    """Far from zero the gradients are what is left of larger terms, which XLA rounds on processors with bfloat16."""
     given, weight = arguments(tf.bfloat16, offset)
     off = errors(results(folded, given, weight), results(exact, given, weight))
     assert max(off["mean"], off["variance"]) < 1e-5, off
