@@ -83,6 +83,12 @@ def test_a_server_that_has_ended_is_told_even_if_another_program_answers_at_its_
             wait(host, ended)
 
 
+def _lends_devices(process):
+    with contextlib.suppress(psutil.Error):  # a child that has just ended has no command line
+        return tpu_slice.__name__ in process.cmdline()
+    return False
+
+
 @pytest.fixture
 def other_host():
     """Begins a host that lends its devices, with its server in a process group of its own."""
@@ -106,7 +112,7 @@ def test_the_coordinator_drives_every_hosts_server_until_it_ends_even_if_the_oth
     with tpu_slice.tpu_lent(Host(0, addresses)) as lent:
         tpu_slice.wait_for_hosts(Host(0, addresses), lent)
         os.killpg(other.pid, signal.SIGTERM)  # the host and its server
-        (server,) = [p for p in psutil.Process().children() if tpu_slice.__name__ in p.cmdline()]
+        (server,) = filter(_lends_devices, psutil.Process().children())
         server.terminate()
         command = [sys.executable, "-c", COORDINATOR, ",".join(addresses)]
         said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
