@@ -124,6 +124,16 @@ def test_a_run_is_cancelled_by_its_name_and_its_end_awaited(service):
         kubeflow_runs.cancel("run-1", server, print)
 
 
+def test_where_there_are_several_users_runs_are_looked_for_in_the_namespace(service):
+    kubeflow, server = service
+    kubeflow.namespace, kubeflow.stages = "team", [{"state": "RUNNING"}, {"state": "SUCCEEDED"}]
+    ours = Server(KubeflowConfig(host=server.config.host, namespace="team"), poll=0.01)
+    submit(ours)
+    said: list[str] = []
+    assert kubeflow_runs.watch("run-1", ours, said.append).value == "succeeded"
+    assert said == ["run-1 running", "run-1 succeeded"]
+
+
 def test_a_schedule_begins_with_seconds_runs_one_at_a_time_and_is_removed_by_its_id(service):
     kubeflow, server = service
     said: list[str] = []
