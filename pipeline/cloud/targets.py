@@ -5,6 +5,7 @@ import enum
 from components.evaluator.config import MissingBaseline
 from pipeline.cloud.machines import machines
 from pipeline.config import Config
+from trainer_module.config import StrategyKind
 from trainer_module.errors import UserError
 
 
@@ -43,6 +44,12 @@ def check(config: Config, target: Target) -> None:
     for key, place in places.items():
         if place and not place.startswith("gs://"):
             raise UserError(f"{key}={place} is on this machine, where no stage of --target {target.value} runs; gs://…")
+    own_tpu = config.train.strategy is StrategyKind.tpu and config.train.tpu.name in ("", "local")
+    if own_tpu and not machines(cloud.trainer).tpu:
+        raise UserError(
+            "train.strategy=tpu, and cloud.trainer has no TPU; e.g. cloud.trainer.machine_type=ct5lp-hightpu-8t and "
+            "cloud.trainer.topology=2x4, or train.strategy=auto"
+        )
     if target is Target.vertex and config.evaluate.missing_baseline is MissingBaseline.skip:
         raise UserError(
             "evaluate.missing_baseline=skip: Vertex AI resolves the latest blessed model by itself and looks at no "

@@ -26,6 +26,11 @@ def test_what_the_cloud_would_find_out_late_is_refused_here(target, overrides, w
         assert word in str(caught.value)
 
 
+def test_a_training_on_tpu_wants_a_job_with_one():
+    with pytest.raises(UserError, match=r"cloud.trainer has no TPU; e.g. cloud.trainer.machine_type=ct5lp-hightpu-8t"):
+        check(load("vertex_cpu", ["train.strategy=tpu"]), Target.vertex)
+
+
 def test_a_file_that_names_what_is_needed_is_taken_for_either():
     for target in Target:
         check(load("vertex_v5e_8"), target)
