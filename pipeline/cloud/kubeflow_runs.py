@@ -207,10 +207,8 @@ def _errors_told(server: Server, what: str) -> Iterator[None]:
         }.get(error.status, "try again later" if error.status >= 500 else "mend what it names")
         raise UserError(f"{what}: {host} refuses it ({error.status}: {said}); {mend}") from error
     except (HTTPError, TimeoutError) as error:
-        reason = getattr(error, "reason", None) or error
-        raise UserError(
-            f"{what}: no answer from {host} ({one_line(str(reason))}); check cloud.kubeflow.host"
-        ) from error
+        reason = re.sub(r"^(<[^>]*>|\w+\([^)]*\)): ", "", str(getattr(error, "reason", None) or error))  # a connection
+        raise UserError(f"{what}: no answer from {host} ({one_line(reason)}); check cloud.kubeflow.host") from error
 
 
 def _said(error: api.ApiException) -> str:

@@ -74,6 +74,9 @@ def submission(
     for parameter in parameters:
         if "=" not in parameter:
             raise UserError(f"--parameter {parameter} must be NAME=VALUE; e.g. --parameter epochs=50")
+    given = [parameter.partition("=")[0] for parameter in parameters]
+    if twice := next((one for one in given if given.count(one) > 1), ""):
+        raise UserError(f"--parameter {twice}: it is given twice; leave one out, be it --parameter or --{twice}")
     if cron:
         _check_cron(cron)
     values = dict(parameter.split("=", 1) for parameter in parameters)

@@ -8,6 +8,8 @@ from pipeline.config import Config
 from trainer_module.config import StrategyKind
 from trainer_module.errors import UserError
 
+_LONGEST_NAME = 58  # TFX takes 63 characters for a pipeline's, which begins with "moco-"
+
 
 class Target(enum.Enum):
     """For whom a pipeline is compiled."""
@@ -36,6 +38,11 @@ def check(config: Config, target: Target) -> None:
     for key, (value, example) in needed.items():
         if not value:
             raise UserError(f"{key} is empty, and --target {target.value} needs it; e.g. {key}={example}")
+    if len(config.name) > _LONGEST_NAME:
+        raise UserError(
+            f"name={config.name}: --target {target.value} has room for {_LONGEST_NAME} characters of a configuration's "
+            f"name or its file's; e.g. name={config.name[:_LONGEST_NAME].rstrip('-._')}"
+        )
     places = {
         "publish.to": config.publish.to,
         "train.checkpoints": config.train.checkpoints,

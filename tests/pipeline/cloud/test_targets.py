@@ -14,6 +14,7 @@ from trainer_module.errors import UserError
         ("vertex", ["cloud.image=''"], ["cloud.image is empty"]),
         ("vertex", ["cloud.tpu_image=''"], ["cloud.tpu_image is empty"]),
         ("kubeflow", ["cloud.project=''"], ["cloud.project is empty", "--target kubeflow"]),
+        ("vertex", [f"name={'n' * 59}"], [f"name={'n' * 59}", "room for 58", f"e.g. name={'n' * 58}"]),
         ("vertex", ["publish.to=serving"], ["publish.to=serving", "gs://"]),
         ("vertex", ["train.checkpoints=here"], ["train.checkpoints=here"]),
         ("vertex", ["evaluate.missing_baseline=skip"], ["missing_baseline=skip", "=refuse"]),
