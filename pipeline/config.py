@@ -775,7 +775,7 @@ def _impossible_cloud(config: Config) -> Iterator[str]:
     cloud, values = config.cloud, dict(_leaves(config))
     for key in _CLOUD_PLACES:
         if values[key] and not re.match("gs://[^/]", values[key]):
-            yield f"{key}={_show(values[key])} is not on gs://; e.g. {key}=gs://BUCKET/PATH"
+            yield f"{key}={_show(values[key])} names no place on gs://; e.g. {key}=gs://BUCKET/PATH"
     for key, (pattern, example) in _CLOUD_NAMES.items():
         if values[key] and not re.fullmatch(pattern, values[key]):
             yield f"{key}={_show(values[key])} is no such name; e.g. {key}={example}"
