@@ -757,14 +757,28 @@ def _impossible_beam(beam: BeamConfig) -> Iterator[str]:
 
 
 _CLOUD_PLACES = ("cloud.root", "cloud.images", "cloud.dataflow.temp")
+_CLOUD_NAMES = {  # key: (pattern, example); a service would refuse others when hours of work are done
+    "cloud.region": (r"[a-z]+-[a-z]+\d{1,2}", "europe-west4"),
+    "cloud.image": (r"\S+", "REGION-docker.pkg.dev/PROJECT/REPOSITORY/moco:TAG"),
+    "cloud.tpu_image": (r"\S+", "REGION-docker.pkg.dev/PROJECT/REPOSITORY/moco-tpu:TAG"),
+    "cloud.service_account": (r"[^@\s]+@[^@\s]+", "NAME@PROJECT.iam.gserviceaccount.com"),
+    "cloud.network": (r"projects/[^/\s]+/global/networks/[^/\s]+", "projects/NUMBER/global/networks/NAME"),
+    "cloud.dataflow.subnetwork": (
+        r"(https://\S+/)?regions/[^/\s]+/subnetworks/[^/\s]+",
+        "regions/REGION/subnetworks/NAME",
+    ),
+}
 _LABEL = re.compile(r"[a-z][a-z0-9_-]{0,62}=[a-z0-9_-]{0,63}")
 
 
 def _impossible_cloud(config: Config) -> Iterator[str]:
     cloud, values = config.cloud, dict(_leaves(config))
     for key in _CLOUD_PLACES:
-        if values[key] and not values[key].startswith("gs://"):
-            yield f"{key}={_show(values[key])} is not on gs://; e.g. {key}=gs://BUCKET/PATH"
+        if values[key] and not re.match("gs://[^/]", values[key]):
+            yield f"{key}={_show(values[key])} names no place on gs://; e.g. {key}=gs://BUCKET/PATH"
+    for key, (pattern, example) in _CLOUD_NAMES.items():
+        if values[key] and not re.fullmatch(pattern, values[key]):
+            yield f"{key}={_show(values[key])} is no such name; e.g. {key}={example}"
     for label in cloud.labels:
         if not _LABEL.fullmatch(label):
             yield (

@@ -1,8 +1,8 @@
 """The record of blessed models, for orchestrators that cannot be asked for the latest one.
 
 Kubeflow Pipelines of the open source runs no resolvers ("resolver not implemented yet", its argocompiler/argo.go). So a
-stage after the Evaluator writes each blessed model into a folder, one small file each, named so that they sort by time,
-and a stage before it reads there.
+stage after the Evaluator writes each blessed model into a folder, one small file each, named so that they sort by
+time, or after the last one where the clock was put back, and a stage before it reads there.
 """
 
 import hashlib
@@ -52,7 +52,9 @@ class BlessedModelsExecutor(base_executor.BaseExecutor):
         record = exec_properties["record"]
         if blessing.get_int_custom_property(ARTIFACT_PROPERTY_BLESSED_KEY) and blessed_models(record)[:1] != [uri]:
             fileio.makedirs(record)
-            name = f"{time.time_ns():020d}-{hashlib.sha256(uri.encode()).hexdigest()[:16]}.json"
+            newest = max((int(name.partition("-")[0]) for name in fileio.listdir(record)), default=0)
+            moment = max(time.time_ns(), newest + 1)
+            name = f"{moment:020d}-{hashlib.sha256(uri.encode()).hexdigest()[:16]}.json"
             io_utils.write_string_file(posixpath.join(record, name), json.dumps({"model": uri}))
 
 

@@ -145,7 +145,7 @@ def watch(name: str, server: Server, say: Say) -> State:
         UserError: there is no such run, or no answer.
     """
     with _errors_told(server, f"run {name}"), _client(server) as client:
-        run = _run_id(client, name)
+        run = _run_id(client, server, name)
         return follow(lambda: _look(client.runs.get_run(run_id=run)), server.poll, say)
 
 
@@ -165,7 +165,7 @@ def cancel(name: str, server: Server, say: Say) -> None:
             client.recurring_runs.delete_recurring_run(recurring_run_id=name.removeprefix("schedules/"))
             say(f"removed {name}")
             return
-        run = _run_id(client, name)
+        run = _run_id(client, server, name)
         state = _state(client.runs.get_run(run_id=run).state)
         if state.ends:
             raise UserError(f"run {name} has {state.value} already; there is nothing to cancel")
@@ -207,10 +207,8 @@ def _errors_told(server: Server, what: str) -> Iterator[None]:
         }.get(error.status, "try again later" if error.status >= 500 else "mend what it names")
         raise UserError(f"{what}: {host} refuses it ({error.status}: {said}); {mend}") from error
     except (HTTPError, TimeoutError) as error:
-        reason = getattr(error, "reason", None) or error
-        raise UserError(
-            f"{what}: no answer from {host} ({one_line(str(reason))}); check cloud.kubeflow.host"
-        ) from error
+        reason = re.sub(r"^(<[^>]*>|\w+\([^)]*\)): ", "", str(getattr(error, "reason", None) or error))  # a connection
+        raise UserError(f"{what}: no answer from {host} ({one_line(reason)}); check cloud.kubeflow.host") from error
 
 
 def _said(error: api.ApiException) -> str:
@@ -231,11 +229,12 @@ def _experiment(client: Any, server: Server) -> str:
     return there.experiment_id
 
 
-def _run_id(client: Any, name: str) -> str:
+def _run_id(client: Any, server: Server, name: str) -> str:
     if _RUN_ID.fullmatch(name):
         return name
     wanted = {"predicates": [{"operation": "EQUALS", "key": "display_name", "stringValue": name}]}
-    found = client.runs.list_runs(filter=json.dumps(wanted), sort_by="created_at desc").runs or []
+    within = {"namespace": server.config.namespace} if server.config.namespace else {}  # several users: else refused
+    found = client.runs.list_runs(filter=json.dumps(wanted), sort_by="created_at desc", **within).runs or []
     if not found:
         raise UserError(f"run {name}: there is none of that name; give its id")
     return found[0].run_id

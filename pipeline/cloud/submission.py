@@ -13,7 +13,15 @@ from trainer_module.errors import UserError
 
 _NAME = re.compile(r"[a-z][-a-z0-9]{0,127}")
 _FIELD = re.compile(r"[0-9*,/?LW#-]+|(?:[0-9*,/?#-]*[A-Za-z]{3}[0-9*,/?#A-Za-z-]*)")
-_CRON_FIELDS = 5
+_MONTHS = ["JAN", "FEB", "MAR", "APR", "MAY", "JUN", "JUL", "AUG", "SEP", "OCT", "NOV", "DEC"]
+_DAYS = ["SUN", "MON", "TUE", "WED", "THU", "FRI", "SAT"]
+_CRON_FIELDS: Sequence[tuple[str, range, Sequence[str]]] = (
+    ("minute", range(60), ()),
+    ("hour", range(24), ()),
+    ("day of the month", range(1, 32), ()),
+    ("month", range(1, 13), _MONTHS),
+    ("day of the week", range(8), _DAYS),
+)
 _KINDS: Mapping[str, Any] = {"INT": int, "NUMBER_INTEGER": int, "DOUBLE": float, "NUMBER_DOUBLE": float}
 
 
@@ -60,10 +68,15 @@ def submission(
         UserError: names the option.
     """
     if name and not _NAME.fullmatch(name):
-        raise UserError(f"--name {name} may have small letters, digits and '-' behind the first; e.g. --name moco-17")
+        raise UserError(
+            f"--name {name} may have 128 small letters, digits and '-' and begins with a letter; e.g. --name moco-17"
+        )
     for parameter in parameters:
         if "=" not in parameter:
             raise UserError(f"--parameter {parameter} must be NAME=VALUE; e.g. --parameter epochs=50")
+    given = [parameter.partition("=")[0] for parameter in parameters]
+    if twice := next((one for one in given if given.count(one) > 1), ""):
+        raise UserError(f"--parameter {twice}: it is given twice; leave one out, be it --parameter or --{twice}")
     if cron:
         _check_cron(cron)
     values = dict(parameter.split("=", 1) for parameter in parameters)
@@ -126,10 +139,25 @@ def _check_cron(cron: str) -> None:
     zone, fields = "", cron.split()
     if fields and (found := re.fullmatch(r"(?:CRON_)?TZ=(.+)", fields[0])):
         zone, fields = found[1], fields[1:]
-    if len(fields) != _CRON_FIELDS or not all(_FIELD.fullmatch(field) for field in fields):
+    if len(fields) != len(_CRON_FIELDS) or not all(_FIELD.fullmatch(field) for field in fields):
         raise UserError(
             f"--cron {cron!r} must have five fields: minute, hour, day of the month, month, day of the week; e.g. "
             "--cron '0 3 * * *'"
         )
+    for field, (what, numbers, names) in zip(fields, _CRON_FIELDS, strict=True):
+        if wrong := next((part for part in field.split(",") if not _is_moment(part, numbers, names)), ""):
+            known = f"{numbers[0]} to {numbers[-1]}" + (f", {names[0]} to {names[-1]}" if names else "")
+            raise UserError(f"--cron {cron!r}: {wrong} is no {what} ({known}); e.g. --cron '0 3 * * *'")
     if zone and zone not in zoneinfo.available_timezones():
         raise UserError(f"--cron {cron!r}: there is no time zone {zone}; e.g. --cron 'CRON_TZ=Europe/Berlin 0 3 * * *'")
+
+
+def _is_moment(part: str, numbers: range, names: Sequence[str]) -> bool:
+    """Whether a part of a field can ever be; the letters and signs that some services know besides are left to them."""
+    if re.fullmatch(r"\d*[LW]{1,2}|\w+#\d|L-\d+", part):
+        return True
+    ends, _, step = part.partition("/")
+    if "/" in part and not (step.isdecimal() and int(step)):
+        return False
+    known = {"*", "?", *names, *map(str, numbers)}
+    return all((end.lstrip("0") or "0" if end.isdecimal() else end.upper()) in known for end in ends.split("-"))

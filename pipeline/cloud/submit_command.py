@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-import urllib.parse
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,8 @@ def check(asked: Request) -> None:
         raise UserError(
             "--cancel NAME and --watch NAME ask for a run that is there; leave the options of a new one out"
         )
+    if asked.cancel and asked.watch and "schedules/" in asked.name:
+        raise UserError(f"--watch follows one run, and --cancel {asked.name} removes a schedule; leave --watch out")
     _check_parameters(asked.submission.parameters)
     if asked.submission.cron and asked.watch:
         raise UserError("--watch follows one run, and --cron begins many; leave one of them out")
@@ -83,8 +85,10 @@ def _check_place(asked: Request) -> None:
     host = asked.config.cloud.kubeflow.host
     if not host:
         raise UserError("cloud.kubeflow.host is empty; e.g. --set cloud.kubeflow.host=http://localhost:8080")
-    if urllib.parse.urlparse(host).scheme not in ("http", "https"):
-        raise UserError(f"cloud.kubeflow.host={host} must begin with http:// or https://; e.g. http://localhost:8080")
+    if not re.match(r"https?://[^/]", host):
+        raise UserError(
+            f"cloud.kubeflow.host={host} must begin with http://HOST or https://HOST; e.g. http://localhost:8080"
+        )
 
 
 def run(asked: Request, say: Say, service: Any = None) -> bool:
@@ -131,7 +135,14 @@ def _runs(target: Target) -> Any:
 def _compiled(asked: Request) -> Mapping[str, Any]:
     """A PipelineJob in JSON's types."""
     if asked.pipeline:
-        return read_pipeline(asked.pipeline)
+        job = read_pipeline(asked.pipeline)
+        executors = job["pipelineSpec"].get("deploymentSpec", {}).get("executors", {}).values()
+        if asked.target is Target.kubeflow and any("resolver" in executor for executor in executors):
+            raise UserError(
+                f"--pipeline {asked.pipeline}: is for Vertex AI, whose resolvers Kubeflow lacks; write it with "
+                "./moco compile --target kubeflow"
+            )
+        return job
     from pipeline.cloud.compiling import compile_pipeline
 
     return compile_pipeline(asked.config, asked.target)

@@ -183,4 +183,5 @@ def dry(method: str, request: Any, connection: Connection) -> str:
     """
     name = f"google.cloud.aiplatform.v1.{method}"
     shown = {"host": connection.host, "method": name, "request": json.loads(as_json(request))}
-    return json.dumps(shown, indent=2, ensure_ascii=False)
+    # Maps of a message have another order in each process, and two requests should be comparable line by line.
+    return json.dumps(shown, indent=2, sort_keys=True, ensure_ascii=False)

@@ -269,6 +269,12 @@ def test_what_cannot_be_read_is_refused_in_one_line_with_the_mend(override, word
         (["evaluate.significance=0"], ["evaluate.significance=0 must be above 0 and at most 1"]),
         (["evaluate.gain_significance=0"], ["evaluate.gain_significance=0 must be above 0 and at most 1"]),
         (["cloud.root=/tmp/moco"], ["cloud.root=/tmp/moco", "gs://BUCKET/PATH"]),
+        (["cloud.root=gs://"], ["cloud.root=gs://", "gs://BUCKET/PATH"]),
+        (["cloud.region='Europe West'"], ["Europe West", "e.g. cloud.region=europe-west4"]),
+        (["cloud.image=moco latest"], ["moco latest", "e.g. cloud.image=REGION-docker.pkg.dev"]),
+        (["cloud.service_account=me"], ["cloud.service_account=me", "NAME@PROJECT.iam.gserviceaccount.com"]),
+        (["cloud.network=default"], ["cloud.network=default", "projects/NUMBER/global/networks/NAME"]),
+        (["cloud.dataflow.subnetwork=foo"], ["cloud.dataflow.subnetwork=foo", "regions/REGION/subnetworks/NAME"]),
         (["cloud.labels=[Team=a]"], ["Team=a", "e.g. cloud.labels=[team=vision]"]),
     ],
 )

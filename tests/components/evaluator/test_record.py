@@ -3,6 +3,7 @@
 import pytest
 from tfx.types import standard_artifacts
 
+from components.evaluator import record as record_module
 from components.evaluator.baseline import NONE
 from components.evaluator.record import BlessedModelsExecutor, LatestOtherBlessedModelExecutor, blessed_models
 
@@ -46,6 +47,13 @@ def test_a_model_that_is_blessed_again_is_recorded_once(record):
     for uri in ("a", "b", "b"):
         bless(record, uri)
     assert blessed_models(record) == ["b", "a"]
+
+
+def test_the_latest_is_the_one_that_was_blessed_last_even_if_the_clock_was_put_back_meanwhile(record, monkeypatch):
+    for uri, clock in (("a", 5), ("b", 2), ("c", 2), ("d", 9)):
+        monkeypatch.setattr(record_module.time, "time_ns", lambda clock=clock: clock)
+        bless(record, uri)
+    assert blessed_models(record) == ["d", "c", "b", "a"]
 
 
 def test_with_skip_models_whose_files_are_gone_are_passed_over(record, tmp_path):

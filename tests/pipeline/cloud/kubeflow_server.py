@@ -19,6 +19,7 @@ class KubeflowServer:
         tokens: that requests were sent with.
         faults: by method and path's end, status and message of its answers.
         stages: of the runs: each look at one shows the next, and the last stays.
+        namespace: that every list must be asked within, as an installation of several users wants it; empty for one.
         experiments, runs, schedules: what is there, by id.
     """
 
@@ -27,6 +28,7 @@ class KubeflowServer:
         self.tokens: set[str | None] = set()
         self.faults: dict[tuple[str, str], tuple[int, str]] = {}
         self.stages: list[dict] = []
+        self.namespace = ""
         self.experiments: dict[str, dict] = {}
         self.runs: dict[str, dict] = {}
         self.schedules: dict[str, dict] = {}
@@ -40,6 +42,8 @@ class KubeflowServer:
         self.calls.append((method, path, body))
         if fault := self.faults.get((method, path)):
             return fault[0], {"error": fault[1], "code": 13, "message": fault[1], "details": []}
+        if method == "GET" and path in ("runs", "experiments") and query.get("namespace", "") != self.namespace:
+            return 400, {"error": f"Invalid input error: {path} of namespace {query.get('namespace')!r}", "code": 3}
         kind, _, rest = path.partition("/")
         name, _, deed = rest.partition(":")
         return getattr(self, f"_{kind}")(method, name, deed, query, body)

@@ -135,6 +135,12 @@ def test_a_command_that_asks_would_be_seen():
     assert "socket.getaddrinfo" in done.stderr.partition("\n")[0]
 
 
+def test_the_longest_name_that_is_taken_can_be_compiled():
+    name = "n" * 58
+    settings = load("vertex_cpu", [f"name={name}"])
+    assert compile_pipeline(settings, Target.vertex)["pipelineSpec"]["pipelineInfo"]["name"] == f"moco-{name}"
+
+
 def test_every_artifact_type_can_be_imported_by_the_containers(jobs):
     for component in jobs["vertex_v5e_16"]["pipelineSpec"]["components"].values():
         for definitions in (component.get("inputDefinitions", {}), component.get("outputDefinitions", {})):

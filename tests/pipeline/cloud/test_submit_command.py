@@ -58,10 +58,14 @@ def test_a_dry_run_for_kubeflow_takes_the_file_that_was_compiled_for_it(capsys, 
         (VERTEX, ["cloud.root is empty", "--target vertex"]),
         (["submit", "--target", "kubeflow"], ["cloud.kubeflow.host is empty", "http://localhost:8080"]),
         (["submit", "--target", "kubeflow", "--set", "cloud.kubeflow.host=localhost"], ["must begin with http://"]),
+        (["submit", "--target", "kubeflow", "--set", "cloud.kubeflow.host=http://"], ["must begin with http://HOST"]),
         (["submit", "--target", "airflow"], ["--target", "airflow", "kubeflow"]),
         ([*VERTEX, "--name", "Run 1"], ["--name Run 1", "--name moco-17"]),
+        ([*VERTEX, "--name", "a" * 129], ["may have 128", "--name moco-17"]),
         ([*VERTEX, "--label", "Team"], ["--label Team", "team=vision"]),
         ([*VERTEX, "--parameter", "epochs"], ["--parameter epochs", "NAME=VALUE"]),
+        ([*VERTEX, "--label", "a=1", "--label", "a=2"], ["--label a=1 a=2", "twice"]),
+        ([*VERTEX, "--epochs", "6", "--parameter", "epochs=5"], ["--parameter epochs", "twice", "--epochs"]),
         ([*VERTEX, "--images", "photos/"], ["--images photos/", "--images gs://BUCKET/photos"]),
         ([*VERTEX, "--span", "yesterday"], ["--span yesterday", "latest", "--span 7"]),
         ([*VERTEX, "--epochs", "0"], ["--epochs 0", "at least 1", "--epochs 200"]),
@@ -69,10 +73,18 @@ def test_a_dry_run_for_kubeflow_takes_the_file_that_was_compiled_for_it(capsys, 
         ([*VERTEX, "--cron", "daily"], ["--cron 'daily'", "five fields", "0 3 * * *"]),
         ([*VERTEX, "--cron", "0 3 * * * *"], ["five fields"]),
         ([*VERTEX, "--cron", "0 3 ; * *"], ["five fields"]),
+        ([*VERTEX, "--cron", "60 3 * * *"], ["60 is no minute (0 to 59)", "0 3 * * *"]),
+        ([*VERTEX, "--cron", "0 3,24 * * *"], ["24 is no hour (0 to 23)"]),
+        ([*VERTEX, "--cron", "0 3 0 * *"], ["0 is no day of the month (1 to 31)"]),
+        ([*VERTEX, "--cron", "0 3 * FOO *"], ["FOO is no month (1 to 12, JAN to DEC)"]),
+        ([*VERTEX, "--cron", "0 3 * * 1-8"], ["1-8 is no day of the week"]),
+        ([*VERTEX, "--cron", "*/0 3 * * *"], ["*/0 is no minute"]),
+        ([*VERTEX, "--cron", "JAN 3 * * *"], ["JAN is no minute"]),
         ([*VERTEX, "--cron", "CRON_TZ=Berlin 0 3 * * *"], ["no time zone Berlin", "Europe/Berlin"]),
         ([*VERTEX, "--cron", "0 3 * * *", "--watch"], ["--watch", "--cron", "leave one"]),
         ([*VERTEX, "--cancel", "run-1", "--label", "a=b"], ["--cancel NAME", "leave the options"]),
         ([*VERTEX, "--cancel", "run-1", "--watch", "run-2"], ["--watch run-2", "--cancel run-1"]),
+        ([*VERTEX, "--cancel", "schedules/1", "--watch"], ["--cancel schedules/1", "leave --watch out"]),
         ([*VERTEX, "--pipeline", "/nowhere.json"], ["--pipeline /nowhere.json", "./moco compile"]),
         ([*VERTEX, "--config", "moco_v3"], ["--config moco_v3", "moco_v2"]),
     ],
@@ -85,6 +97,16 @@ def test_what_cannot_be_submitted_is_refused_in_one_line(capsys, arguments, word
         assert word in said
 
 
+def test_a_file_that_was_compiled_for_vertex_is_not_sent_to_kubeflow(capsys, tmp_path: Path):
+    job = compiled()
+    job["pipelineSpec"]["deploymentSpec"]["executors"]["BaselineResolver_executor"] = {"resolver": {}}
+    (tmp_path / "pipeline.json").write_text(json.dumps(job))
+    asked = ["--pipeline", str(tmp_path / "pipeline.json"), "--images", "gs://b", "--dry-run"]
+    assert cli.main([*VERTEX, *asked]) == 0
+    assert cli.main([*KUBEFLOW, *asked]) == 2
+    assert "write it with ./moco compile --target kubeflow" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("name", "text"),
     [("x.json", "{"), ("x.json", "[]"), ("x.json", '{"pipelineSpec": {}}'), ("x.yaml", "a: [1"), ("x.yaml", "word")],
@@ -95,7 +117,16 @@ def test_a_file_that_is_no_compiled_pipeline_is_refused(capsys, tmp_path: Path, 
     assert "no compiled pipeline" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("cron", ["0 3 * * *", "*/15 0-6,22 1 JAN-MAR MON", "TZ=Europe/Berlin 0 3 * * 1-5"])
+@pytest.mark.parametrize(
+    "cron",
+    [
+        "0 3 * * *",
+        "*/15 0-6,22 1 JAN-MAR MON",
+        "TZ=Europe/Berlin 0 3 * * 1-5",
+        "05 03-23/4 31 jul-DEC wed,7",
+        "0 3 LW ? 5#2",
+    ],
+)
 def test_a_schedule_has_five_fields_and_may_have_a_time_zone(cron):
     assert submission(cron=cron).cron == cron
 

@@ -124,6 +124,16 @@ def test_a_run_is_cancelled_by_its_name_and_its_end_awaited(service):
         kubeflow_runs.cancel("run-1", server, print)
 
 
+def test_where_there_are_several_users_runs_are_looked_for_in_the_namespace(service):
+    kubeflow, server = service
+    kubeflow.namespace, kubeflow.stages = "team", [{"state": "RUNNING"}, {"state": "SUCCEEDED"}]
+    ours = Server(KubeflowConfig(host=server.config.host, namespace="team"), poll=0.01)
+    submit(ours)
+    said: list[str] = []
+    assert kubeflow_runs.watch("run-1", ours, said.append).value == "succeeded"
+    assert said == ["run-1 running", "run-1 succeeded"]
+
+
 def test_a_schedule_begins_with_seconds_runs_one_at_a_time_and_is_removed_by_its_id(service):
     kubeflow, server = service
     said: list[str] = []
@@ -187,7 +197,7 @@ def test_a_run_that_there_is_not_is_said_to_be_missing(service):
 def test_a_server_that_is_not_there_is_said_to_give_no_answer():
     with kubeflow_server.running() as (_, address):
         pass
-    with pytest.raises(UserError, match=f"no answer from {address}"):
+    with pytest.raises(UserError, match=rf"no answer from {address} \([^<(]*refused\); check cloud.kubeflow.host"):
         submit(Server(KubeflowConfig(host=address)))
 
 

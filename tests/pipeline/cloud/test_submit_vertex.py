@@ -121,7 +121,9 @@ def test_a_run_without_a_name_bears_the_pipelines_and_the_time():
 def test_a_dry_run_shows_the_very_message_and_sends_nothing(service, monkeypatch):
     server, connection = service
     monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", "/nowhere")
-    shown = json.loads(vertex_runs.dry_run(compiled(), ASKED, connection))
+    text = vertex_runs.dry_run(compiled(), ASKED, connection)
+    shown = json.loads(text)
+    assert text == json.dumps(shown, indent=2, sort_keys=True)  # so that two requests can be compared line by line
     assert server.calls == []
     submit(connection)
     parsed = json_format.ParseDict(
