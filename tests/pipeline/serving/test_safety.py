@@ -417,6 +417,23 @@ def test_slow_clients_are_cut_off_and_others_do_not_wait_for_them(small, png):
     still_well(small, png(0))
 
 
+def test_clients_that_take_no_answer_are_cut_off_and_room_comes_back(small, png):
+    host, port = small.rest.removeprefix("http://").split(":")
+    with contextlib.ExitStack() as stack:
+        for _ in range(3):
+            client = stack.enter_context(socket.socket())
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+            client.connect((host, int(port)))
+            client.settimeout(0.2)
+            with contextlib.suppress(OSError):  # the server reads no more of it, or is about to close
+                client.sendall(b"GET /v1/models/encoder/metadata HTTP/1.1\r\nHost: x\r\n\r\n" * 10_000)
+        end = time.monotonic() + 20
+        while small.app._rest._streams:
+            assert time.monotonic() < end
+            time.sleep(0.05)
+    still_well(small, png(0))
+
+
 def test_more_connections_than_allowed_are_closed_and_room_comes_back(small, png):
     address = small.rest.removeprefix("http://").split(":")
     many = [socket.create_connection(address) for _ in range(60)]
