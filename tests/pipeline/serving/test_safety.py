@@ -296,6 +296,16 @@ def test_compressed_messages_are_answered(server, png, compression):
     assert server.prediction.Predict(request, timeout=20, compression=compression) == plain
 
 
+def test_names_that_swell_on_the_wire_get_their_code(server, png):
+    request = request_of(png(0))
+    for number in range(10):
+        request.inputs["\U0001f600" * 99 + str(number)].CopyFrom(request.inputs["image_bytes"])
+    with pytest.raises(grpc.RpcError) as caught:
+        server.prediction.Predict(request, timeout=20)
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert caught.value.details().startswith("the inputs are ")
+
+
 _GZIP = gzip.compress(bytes(99))
 
 
