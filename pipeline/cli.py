@@ -433,7 +433,7 @@ then, from another terminal:
         "max_image_mb": ("MIB", "size of an encoded image"),
         "max_pixels": ("N", "pixels of an image, read from its header"),
         "max_connections": ("N", "connections open at a time, of REST and of gRPC each"),
-        "timeout": ("S", "seconds until a request without a deadline of its own is given up"),
+        "timeout": ("S", "seconds until a request without a deadline is given up, and an answer that nobody takes"),
         "idle": ("S", "seconds after which an idle connection is closed"),
         "grace": ("S", "seconds that requests in flight get when the server stops"),
         "poll": ("S", "seconds between looks for a new version"),

@@ -10,7 +10,13 @@
     tensors_json.py  TensorFlow Serving's row and column form
     rest.py          HTTP
     grpc_service.py  gRPC
+    incoming.py      gRPC's messages on their way in
+    gzipped.py       compressed bodies and messages, unfolded piece by piece
+    protos.py        states and signatures as TensorFlow Serving's protos
+    faults.py        what is told and logged of an exception
     metrics.py       Prometheus
+    ports.py         taking the ports
+    app.py           the parts put together
     server.py        start and graceful stop
 
 Imports neither TFX nor Beam; TensorFlow is imported when the ports are bound.

@@ -28,7 +28,8 @@ class ServeConfig:
         max_image_mb: MiB of one encoded image.
         max_pixels: pixels of one image.
         max_connections: open at a time, of REST and of gRPC each.
-        timeout: seconds until a request without a deadline of its own is given up, and in which its body must come.
+        timeout: seconds until a request without a deadline of its own is given up, in which its body must come, and in
+            which its client must take the answer, by REST.
         idle: seconds in which the head of the next HTTP request must come, or the next call of a gRPC connection.
         grace: seconds that requests in flight get when the server is stopped.
         poll: seconds between looks for a new version.

@@ -8,6 +8,7 @@ import functools
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from typing import TypeVar
+from urllib.parse import quote
 
 import grpc
 import numpy as np
@@ -30,6 +31,8 @@ PREDICTION_SERVICE = lines.serving_service("prediction_service_pb2", "Prediction
 MODEL_SERVICE = lines.serving_service("model_service_pb2", "ModelService").full_name
 ERROR_OUTPUT = "error"  # string[N], there only where a row failed
 _METADATA = "signature_def"
+_MAX_DETAILS = 4096  # bytes of a status's message as they are sent; a client takes 8192 with all that goes beside it
+_PLAIN = "".join(map(chr, range(0x20, 0x7F))).replace("%", "")  # what gRPC sends as it is
 _LAST_WORD = 0.1  # seconds in which who watches the server's health hears that it stops
 
 Request = TypeVar("Request", bound=Message)
@@ -203,8 +206,7 @@ def _handler(
             data = await incoming.message(context)
             with service.holding(len(data)):
                 return (await function(parsed(kind, data), context.time_remaining())).SerializeToString()
-        refusal = outcome.refusal
-        await context.abort(grpc.StatusCode[refusal.code.name], refusal.message)
+        await _abort(context, outcome.refusal)
         raise AssertionError("abort raises")
 
     return grpc.stream_unary_rpc_method_handler(answer)
@@ -216,7 +218,18 @@ async def _aborting(context: grpc.aio.ServicerContext) -> AsyncIterator[None]:
     try:
         yield
     except Refused as refusal:
-        await context.abort(grpc.StatusCode[refusal.code.name], refusal.message)
+        await _abort(context, refusal)
+
+
+async def _abort(context: grpc.aio.ServicerContext, refusal: Refused) -> None:
+    await context.abort(grpc.StatusCode[refusal.code.name], _cut(refusal.message))
+
+
+def _cut(message: str) -> str:
+    """As much of a message as a client takes, which refuses a long one with a code of its own."""
+    while len(quote(message, safe=_PLAIN)) > _MAX_DETAILS:
+        message = message[: len(message) * 3 // 4]
+    return message
 
 
 def _check_handler(servicer: health.aio.HealthServicer, incoming: Incoming) -> grpc.RpcMethodHandler:

@@ -204,6 +204,16 @@ class _Handler(web.RequestHandler):
         if outcome.refusal:
             self._end(outcome.refusal.http, tensors_json.error(outcome.refusal.message))
 
+    def finish(self, chunk: str | bytes | dict | None = None) -> "asyncio.Future[None]":
+        """Tornado's; it would wait for ever for a client that does not take the answer, who keeps a connection so."""
+        assert self.request.connection is not None
+        stream = self.request.connection.stream  # type: ignore[attr-defined]
+        sent = super().finish(chunk)
+        if not sent.done():
+            timer = asyncio.get_running_loop().call_later(self._service.config.timeout, stream.close)
+            sent.add_done_callback(lambda _: timer.cancel())
+        return sent
+
     def _end(self, status: int, body: bytes) -> None:
         self.set_status(status)
         if status == Code.RESOURCE_EXHAUSTED.value:

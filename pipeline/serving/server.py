@@ -16,7 +16,8 @@ T = TypeVar("T")
 def serve(config: ServeConfig, say: Callable[[str], None]) -> None:
     """Serves until SIGTERM or SIGINT; then finishes what is in flight, for at most `config.grace` seconds.
 
-    A second signal ends it at once.
+    A second signal ends it at once. Either way the process stays until a version that is being loaded is there, since
+    a thread cannot be ended.
 
     Args:
         config: what to serve, and how.

@@ -24,7 +24,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from running_server import Running, busy, running
-from tensorflow_serving.apis import predict_pb2
+from tensorflow_serving.apis import predict_pb2, prediction_service_pb2_grpc
 
 from pipeline.bench import tiny_requests
 from pipeline.serving import incoming, tensors_json
@@ -296,6 +296,17 @@ def test_compressed_messages_are_answered(server, png, compression):
     assert server.prediction.Predict(request, timeout=20, compression=compression) == plain
 
 
+def test_names_that_swell_on_the_wire_get_their_code(server, png):
+    request = request_of(png(0))
+    for number in range(10):
+        request.inputs["\U0001f600" * 99 + str(number)].CopyFrom(request.inputs["image_bytes"])
+    strict = ("grpc.absolute_max_metadata_size", 8192)  # above it by default a client refuses more and more often
+    with grpc.insecure_channel(server.target, [strict]) as channel, pytest.raises(grpc.RpcError) as caught:
+        prediction_service_pb2_grpc.PredictionServiceStub(channel).Predict(request, timeout=20)
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert caught.value.details().startswith("the inputs are ")
+
+
 _GZIP = gzip.compress(bytes(99))
 
 
@@ -414,6 +425,23 @@ def test_slow_clients_are_cut_off_and_others_do_not_wait_for_them(small, png):
         with contextlib.suppress(ConnectionError):
             assert client.recv(1) == b""
         client.close()
+    still_well(small, png(0))
+
+
+def test_clients_that_take_no_answer_are_cut_off_and_room_comes_back(small, png):
+    host, port = small.rest.removeprefix("http://").split(":")
+    with contextlib.ExitStack() as stack:
+        for _ in range(3):
+            client = stack.enter_context(socket.socket())
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+            client.connect((host, int(port)))
+            client.settimeout(5)
+            with contextlib.suppress(OSError):  # the server reads no more of it, or is about to close
+                client.sendall(b"GET /v1/models/encoder/metadata HTTP/1.1\r\nHost: x\r\n\r\n" * 10_000)
+        end = time.monotonic() + 20
+        while small.app._rest._streams:
+            assert time.monotonic() < end
+            time.sleep(0.05)
     still_well(small, png(0))
 
 
