@@ -331,7 +331,7 @@ GRPC_METHODS = [
 
 @pytest.mark.parametrize("method", GRPC_METHODS)
 def test_slow_messages_are_few_and_are_given_up_and_others_do_not_wait_for_them(small, png, monkeypatch, method):
-    monkeypatch.setattr(incoming, "_SOON", 0.1)
+    monkeypatch.setattr(incoming, "_SOON", 0.3)  # below the server's patience of 0.6
     gone = threading.Event()
 
     def never() -> Iterator[bytes]:
