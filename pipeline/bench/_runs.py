@@ -37,6 +37,7 @@ SETTINGS = (
     "train.checkpoint_seconds=0.2",
     "train.log_steps=1",  # else an interval that a kill cuts in two is told as two
     "train.steps_per_loop=1",
+    "train.watch.max_input_share=1.0",  # else a busy machine may raise the alarm of a slow input in one run, not in all
     "evaluate.min_gain=-1.0",
     "evaluate.knn_k=5",
     "ingest.shard_mb=0.1",
