@@ -23,7 +23,7 @@ from pipeline.serving import protos
 from pipeline.serving.batching import Result
 from pipeline.serving.incoming import Incoming
 from pipeline.serving.model import DEFAULT_SIGNATURE, Signature, Spec
-from pipeline.serving.refusal import Code, Refused, invalid
+from pipeline.serving.refusal import Code, Refused, alone, invalid
 from pipeline.serving.service import Service
 from trainer_module import lines
 
@@ -207,22 +207,34 @@ def _handler(
             with service.holding(len(data)):
                 return (await function(parsed(kind, data), context.time_remaining())).SerializeToString()
         await _abort(context, outcome.refusal)
-        raise AssertionError("abort raises")
+        return b""  # is not sent
 
     return grpc.stream_unary_rpc_method_handler(answer)
 
 
 @asynccontextmanager
 async def _aborting(context: grpc.aio.ServicerContext) -> AsyncIterator[None]:
-    """Tells the client what is refused."""
+    """Tells the client what is refused; gRPC raises what it keeps of an abort once more when the method has returned.
+
+    What it keeps has frames that hold the call in turn, which would be one of its connection's calls until Python
+    looks for circles.
+    """
+    refusal = None
     try:
         yield
-    except Refused as refusal:
+    except Refused as refused:
+        refusal = alone(refused)
+    except grpc.aio.AbortError as kept:
+        alone(kept)
+    if refusal:
         await _abort(context, refusal)
 
 
 async def _abort(context: grpc.aio.ServicerContext, refusal: Refused) -> None:
-    await context.abort(grpc.StatusCode[refusal.code.name], _cut(refusal.message))
+    try:
+        await context.abort(grpc.StatusCode[refusal.code.name], _cut(refusal.message))
+    except grpc.aio.AbortError as kept:
+        alone(kept)
 
 
 def _cut(message: str) -> str:
@@ -235,8 +247,8 @@ def _cut(message: str) -> str:
 def _check_handler(servicer: health.aio.HealthServicer, incoming: Incoming) -> grpc.RpcMethodHandler:
     async def answer(_: object, context: grpc.aio.ServicerContext) -> Message:
         async with _aborting(context):
-            request = parsed(health_pb2.HealthCheckRequest, await incoming.message(context))
-        return await servicer.Check(request, context)
+            return await servicer.Check(parsed(health_pb2.HealthCheckRequest, await incoming.message(context)), context)
+        return health_pb2.HealthCheckResponse()  # is not sent
 
     return grpc.stream_unary_rpc_method_handler(answer, response_serializer=_serialized)
 

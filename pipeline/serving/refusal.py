@@ -1,6 +1,9 @@
 """The one exception that a client gets to see, with TensorFlow Serving's codes."""
 
 import enum
+from typing import TypeVar
+
+ErrorT = TypeVar("ErrorT", bound=BaseException)
 
 
 class Code(enum.Enum):
@@ -38,3 +41,9 @@ class Refused(Exception):  # noqa: N818  # an answer, not a failure
 def invalid(message: str) -> Refused:
     """An INVALID_ARGUMENT."""
     return Refused(Code.INVALID_ARGUMENT, message)
+
+
+def alone(error: ErrorT) -> ErrorT:
+    """The same without the frames that it came through, which may hold it in turn until Python looks for circles."""
+    error.__traceback__ = error.__context__ = error.__cause__ = None
+    return error

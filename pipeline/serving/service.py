@@ -10,7 +10,7 @@ from pipeline.serving.batching import Batcher, Result, Tensors, row_count
 from pipeline.serving.config import MIB, ServeConfig
 from pipeline.serving.metrics import Metrics
 from pipeline.serving.model import Signature
-from pipeline.serving.refusal import Code, Refused
+from pipeline.serving.refusal import Code, Refused, alone
 from pipeline.serving.versions import Versions
 
 
@@ -80,7 +80,7 @@ class Service:
         try:
             yield outcome
         except Refused as refusal:
-            outcome.refusal = refusal
+            outcome.refusal = alone(refusal)
         except asyncio.CancelledError:
             outcome.refusal = Refused(Code.CANCELLED, "the client has gone")
             raise

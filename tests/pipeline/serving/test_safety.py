@@ -350,6 +350,46 @@ def test_slow_messages_are_few_and_are_given_up_and_others_do_not_wait_for_them(
     still_well(small, png(0))
 
 
+UNKNOWN_SERVICE = health_pb2.HealthCheckRequest(service="none").SerializeToString()
+
+
+@pytest.mark.parametrize(
+    ("method", "message", "timeout", "code"),
+    [
+        (GRPC_METHODS[0], b"", 5, grpc.StatusCode.INVALID_ARGUMENT),
+        (GRPC_METHODS[0], b"\xff", 5, grpc.StatusCode.INVALID_ARGUMENT),
+        (GRPC_METHODS[0], None, 0.01, grpc.StatusCode.DEADLINE_EXCEEDED),  # its client has gone
+        (GRPC_METHODS[3], b"\xff", 5, grpc.StatusCode.INVALID_ARGUMENT),
+        (GRPC_METHODS[3], UNKNOWN_SERVICE, 5, grpc.StatusCode.NOT_FOUND),
+        (GRPC_METHODS[4], b"\xff", 5, grpc.StatusCode.INVALID_ARGUMENT),
+        (GRPC_METHODS[4], UNKNOWN_SERVICE, 0.01, grpc.StatusCode.DEADLINE_EXCEEDED),
+        (GRPC_METHODS[5], b"\xff", 5, grpc.StatusCode.INVALID_ARGUMENT),
+    ],
+    ids=["empty", "damaged", "gone", "check", "check-unknown", "watch", "watch-gone", "reflection"],
+)
+def test_calls_that_fail_are_done_with_at_once_and_do_not_fill_their_connection(
+    small, png, method, message, timeout, code
+):
+    gone = threading.Event()
+
+    def said() -> Iterator[bytes]:
+        if message is None:
+            gone.wait(30)
+        else:
+            yield message
+
+    gc.collect()
+    gc.disable()  # else it would end them now and then
+    try:
+        for _ in range(80):  # 32 are taken at a time
+            call = small.channel.stream_stream("/" + method)(said(), timeout=timeout)
+            assert call.code() is code
+    finally:
+        gc.enable()
+        gone.set()
+    still_well(small, png(0))
+
+
 def test_a_call_without_a_message_is_an_invalid_argument(server):
     call = server.channel.stream_unary("/tensorflow.serving.PredictionService/Predict")
     with pytest.raises(grpc.RpcError) as caught:
