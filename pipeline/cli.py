@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from pipeline import bench
+from pipeline.interrupts import Interrupts
 from trainer_module import lines
 from trainer_module.errors import UserError
 
@@ -29,8 +30,9 @@ DONE, FAILED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
 
 _DESCRIPTION = "Train, check, publish and use a visual encoder by Momentum Contrast (MoCo) on your own images."
 _SEE = "'./moco COMMAND --help' explains a command, with an example."
+_GOES_ON = ("demo", "run", "embed")
 _INTERRUPTED = {
-    **dict.fromkeys(("demo", "run", "embed"), "; the same command continues"),
+    **dict.fromkeys(_GOES_ON, "; the same command continues"),
     **dict.fromkeys(("submit", "deploy"), "; what was begun on Google Cloud or Kubeflow goes on there"),
 }
 # What a path or its rights can bring about, wherever it is met; a missing file may be our fault.
@@ -48,15 +50,23 @@ def main(arguments: Sequence[str]) -> int:
         configuration is wrong, said in one line; 130 interrupted.
     """
     debug = "--debug" in arguments and arguments[:1] != ["test"]
-    try:
-        return _dispatch(list(arguments))
-    except KeyboardInterrupt:
-        return _interrupted(arguments)
-    except BrokenPipeError:  # whoever read our output, such as head, has had enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return FAILED
-    except Exception as error:
-        return _interrupted(arguments) if was_interrupted(error) else _explain(error, debug)
+    interrupts = Interrupts()
+    with interrupts.listening(_signals(arguments)):
+        try:
+            return _dispatch(list(arguments))
+        except KeyboardInterrupt:
+            return _interrupted(arguments)
+        except BrokenPipeError:  # whoever read our output, such as head, has had enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return FAILED
+        except Exception as error:
+            stopped = interrupts.number or was_interrupted(error)
+            return _interrupted(arguments) if stopped else _explain(error, debug)
+
+
+def _signals(arguments: Sequence[str]) -> list[int]:
+    """What ends a command in one line; a polite kill (docker stop, systemd, Kubernetes) where it can go on later."""
+    return [signal.SIGINT, signal.SIGTERM] if arguments[:1] and arguments[0] in _GOES_ON else [signal.SIGINT]
 
 
 def _interrupted(arguments: Sequence[str]) -> int:
@@ -721,7 +731,6 @@ def _pipeline(
 ) -> int:
     from pipeline import config, console, source, workdir
 
-    _end_politely()
     settings = config.resolved(config.load(preset_or_file, overrides))
     workdir.check(folder)
     console.quiet(verbose)
@@ -739,15 +748,9 @@ def _pipeline(
             return local.run(settings, images, home, require_blessing=require_blessing)
 
 
-def _end_politely() -> None:
-    """Has a polite kill (docker stop, systemd, Kubernetes) end what can go on later as Ctrl-C does: in one line."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-
-
 def _embed(options: argparse.Namespace) -> int:
     from pipeline import console
 
-    _end_politely()
     console.quiet(options.verbose)
     console.prefer_onednn()
     from pipeline import embed

@@ -85,7 +85,7 @@ def test_a_run_that_was_killed_goes_on_and_ends_with_the_bytes_of_an_unbroken_on
             time.sleep(0.005)
         os.killpg(process.pid, sent)
         said = process.communicate(timeout=60)[1]
-    assert process.returncode == code
+    assert process.returncode == code, said
     if sent == signal.SIGTERM:
         assert said.splitlines()[-1] == "moco: interrupted; the same command continues"
         assert "Traceback" not in said
