@@ -6,7 +6,7 @@ from typing import Any
 
 from pipeline.tpu.analysis import Compiled, Refused
 
-_MOST_TRIES = 8
+_MOST_TRIES = 10  # 8 were too few where memory did not grow in a line
 _FINE_ENOUGH = 1 / 16  # of the batch
 
 

@@ -1,5 +1,6 @@
 """The search for the largest batch that fits."""
 
+import numpy as np
 import pytest
 
 from pipeline.tpu.analysis import Compiled, Memory, Refused
@@ -37,6 +38,28 @@ def test_the_largest_batch_is_found_to_a_sixteenth_by_few_compilations(start, st
     assert len(fit.tried) <= 8
     assert not fit.stopped
     assert fit.largest % step == 0
+
+
+def test_memory_that_does_not_grow_in_a_line_does_not_lead_the_search_astray():
+    measured = [
+        (64, 0.4),
+        (512, 1.7),
+        (4096, 11.8),
+        (5572, 14.7),
+        (6254, 14.9),
+        (9157, 16.5),
+        (9547, 17.2),
+        (10473, 18.9),
+    ]
+
+    def compile_for(batch):  # ResNet-18 at 32 px, K 131,072, as libtpu's compiler needed it
+        needed = int(np.interp(batch, *zip(*measured, strict=True)) * GIB)
+        return compiler(needed, 0)(batch)
+
+    fit = largest_batch(compile_for, 64, 1, 16384, HAS)
+    best = next(batch for batch in range(9157, 6253, -1) if isinstance(compile_for(batch), Compiled))
+    assert best * 15 / 16 <= fit.largest <= best
+    assert not fit.stopped
 
 
 def test_a_queue_that_is_too_short_is_named():
