@@ -36,6 +36,7 @@ _BYTES = {
 _KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%(?P<name>[\w.-]+) = (?P<shape>.*?) (?P<op>[a-z][\w-]*)\((?P<operands>.*?)\)")
 _ARRAY = re.compile(r"\b(?P<dtype>[a-z]\w*)\[(?P<dims>[\d,]*)\](?:\{(?P<layout>[^}]*)\})?")
+_TILE = re.compile(r"T\((?P<sides>[\d,]+)\)")  # the outer one; what is in it divides it
 _SCOPE = re.compile(r'op_name="(?P<name>[^"]*)"')
 _CYCLES = re.compile(r'"estimated_cycles":"(?P<count>\d+)"')
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id"}
@@ -47,17 +48,24 @@ class Array(NamedTuple):
     Attributes:
         dtype: XLA's name.
         size: elements.
+        padded: elements with the padding of the tiles that it is kept in.
         in_hbm: false for what the compiler keeps on the chip, near the units.
     """
 
     dtype: str
     size: int
+    padded: int
     in_hbm: bool
 
     @property
     def bytes(self) -> float:
-        """Without the padding of tiles."""
+        """Without padding."""
         return self.size * _BYTES.get(self.dtype, 0)
+
+    @property
+    def kept_bytes(self) -> float:
+        """With padding: 64 bfloat16 channels in tiles of 8 x 128 take as much as 128."""
+        return self.padded * _BYTES.get(self.dtype, 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,8 +164,20 @@ def instructions(text: str, *, entry_only: bool = False) -> Iterator[Instruction
 
 def _arrays(shape: str) -> Iterator[Array]:
     for match in _ARRAY.finditer(shape):
-        size = math.prod(int(side) for side in match["dims"].split(",") if side)
-        yield Array(match["dtype"], size, "S(" not in (match["layout"] or ""))
+        sides, layout = [int(side) for side in match["dims"].split(",") if side], match["layout"] or ""
+        yield Array(match["dtype"], math.prod(sides), math.prod(_padded(sides, layout)), "S(" not in layout)
+
+
+def _padded(sides: list[int], layout: str) -> list[int]:
+    """Sides, the innermost first, as they are kept by a layout such as "2,0,1:T(8,128)(2,1)"."""
+    tile = _TILE.search(layout)
+    if not tile:
+        return sides
+    kept = [sides[int(axis)] for axis in layout.partition(":")[0].split(",") if axis]
+    for axis, side in enumerate(reversed(tile["sides"].split(","))):
+        if axis < len(kept):
+            kept[axis] = -(-kept[axis] // int(side)) * int(side)
+    return kept
 
 
 def _group_size(line: str) -> int:
@@ -231,8 +251,9 @@ def _received_share(kind: str, cores: int) -> float:
 def bytes_by_part(compiled: str, *, hbm_only: bool = False) -> Mapping[str, int]:
     """Bytes that the operations of each part read and write, by our own count.
 
-    The tiles' padding is not counted, nor what loops repeat. So the sum is not exactly XLA's "bytes accessed", but
-    shows where they come from. Moves that name no part belong to the one that uses them.
+    With the tiles' padding, without what loops repeat. The sum is less than XLA's "bytes accessed", which takes a move
+    into a core's own memory for several, and shows where they come from. Moves that name no part belong to the one that
+    uses them.
 
     Args:
         compiled: text of the program.
@@ -266,14 +287,14 @@ def _sums(compiled: str, cost: Callable[[Instruction, Mapping[str, Instruction]]
 def _moved(instruction: Instruction, program: Mapping[str, Instruction], hbm_only: bool) -> float:
     if instruction.op == "slice-start":  # (all of the source, the slice, flags): no more is read than written
         source, piece = instruction.arrays[:2]
-        touched = [piece, source._replace(size=piece.size)]
+        touched = [piece, source._replace(padded=piece.padded)]
     elif instruction.op == "copy-start":  # (the copy, the source, flags)
         touched = list(instruction.arrays[:2])
     else:
         # Other asynchronous starts list their operand, which is not written, among their results.
         written = instruction.arrays[:1] if instruction.op.endswith("-start") else instruction.arrays
         touched = [*written, *(a for name in instruction.operands if name in program for a in program[name].arrays)]
-    return sum(array.bytes for array in touched if array.in_hbm or not hbm_only)
+    return sum(array.kept_bytes for array in touched if array.in_hbm or not hbm_only)
 
 
 def _part(instruction: Instruction, program: Mapping[str, Instruction], users: Mapping[str, str]) -> str:

@@ -93,6 +93,23 @@ def test_bytes_go_to_the_part_that_uses_them_as_often_as_they_move_and_on_the_ch
     assert hlo.bytes_by_part(text, hbm_only=True) == {"sgd": moved + 2000}
 
 
+@pytest.mark.parametrize(
+    ("shape", "kept"),
+    [
+        ("bf16[32,56,56,64]{3,0,2,1:T(8,128)(2,1)}", 32 * 56 * 56 * 128 * 2),
+        ("bf16[32,56,28,128]{3,0,2,1:T(8,128)(2,1)S(1)}", 32 * 56 * 56 * 64 * 2),
+        ("u8[32,224,224,3]{0,2,1,3:T(32,128)(4,1)}", 128 * 224 * 224 * 3),
+        ("f32[7]{0:T(128)}", 512),
+        ("f32[10,3]{1,0}", 120),
+        ("f32[]{:T(128)}", 4),
+        ("pred[]", 1),
+    ],
+)
+def test_what_is_kept_in_tiles_counts_with_their_padding(shape, kept):
+    text = program(f'%a = {shape} fusion(), kind=kLoop, metadata={{op_name="sgd/mul"}}')
+    assert hlo.bytes_by_part(text) == {"sgd": kept}
+
+
 def test_the_compiler_s_own_cycles_are_summed_by_part_but_not_those_inside_of_what_is_called():
     def line(name, scope, cycles):
         estimate = f'backend_config={{"window_config":{{"estimated_cycles":"{cycles}","is_mask":false}}}}'
