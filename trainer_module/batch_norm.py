@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
+from trainer_module.column_pairs import by_channel, for_columns
 from trainer_module.config import KeyBnConfig, KeyBnMode
 from trainer_module.folded_norm import convolved_and_normalized, widening_convolution
 from trainer_module.replica import entered_replica, mean
@@ -72,6 +73,8 @@ class FusedBatchNormalization(keras.layers.Layer):
             gamma, beta = tf.convert_to_tensor(self.gamma), tf.convert_to_tensor(self.beta)
             before, kernel = convolution.inputs
             return convolved_and_normalized(before, kernel, gamma, beta, self.epsilon)
+        if x.shape[-1] != self.gamma.shape[0]:  # several columns side by side
+            return self._by_powers(x, *self._powers(x), tf.size(x))
         y, batch_mean, variance = self._fused(x, tf.zeros([0]), tf.zeros([0]), training=True)
         return y, (batch_mean, variance)
 
@@ -80,15 +83,32 @@ class FusedBatchNormalization(keras.layers.Layer):
         for variable, old, new in zip((self.moving_mean, self.moving_variance), self.running(), batch, strict=True):
             variable.assign(self.momentum * old + (1 - self.momentum) * new)
 
+    def _powers(self, x: tf.Tensor) -> Moments:
+        """Means of x and of its squares, float32[C]."""
+        wide = tf.cast(x, tf.float32)
+        first, second = (by_channel(tf.reduce_mean(v, [0, 1, 2]), self.gamma.shape[0]) for v in (wide, wide**2))
+        return first, second
+
+    def _by_powers(
+        self, x: tf.Tensor, first: tf.Tensor, second: tf.Tensor, size: tf.Tensor
+    ) -> tuple[tf.Tensor, Moments]:
+        """Normalises with means of x and its squares over `size` numbers; gives the unbiased variance."""
+        variance = tf.maximum(second - first**2, 0.0)
+        scale = tf.convert_to_tensor(self.gamma) * tf.math.rsqrt(variance + self.epsilon)
+        shift = tf.convert_to_tensor(self.beta) - first * scale
+        y = tf.cast(tf.cast(x, tf.float32) * for_columns(scale, x) + for_columns(shift, x), x.dtype)
+        count = tf.cast(size // self.gamma.shape[0], tf.float32)
+        return y, (first, variance * count / tf.maximum(count - 1, 1))
+
     def _fused(
         self, x: tf.Tensor, mean_: tf.Tensor, variance: tf.Tensor, *, training: bool
     ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
         return tf.raw_ops.FusedBatchNormV3(
             x=x,
-            scale=tf.convert_to_tensor(self.gamma),
-            offset=tf.convert_to_tensor(self.beta),
-            mean=mean_,
-            variance=variance,
+            scale=for_columns(tf.convert_to_tensor(self.gamma), x),
+            offset=for_columns(tf.convert_to_tensor(self.beta), x),
+            mean=for_columns(mean_, x),
+            variance=for_columns(variance, x),
             epsilon=self.epsilon,
             is_training=training,
         )[:3]
@@ -133,14 +153,10 @@ class SyncBatchNormalization(FusedBatchNormalization):
 
     def normalize_by_itself(self, x: tf.Tensor) -> tuple[tf.Tensor, Moments]:
         """See the base class."""
-        replica, wide = entered_replica(), tf.cast(x, tf.float32)
+        replica = entered_replica()
         with tf.name_scope("batch_norm"):
-            first, second = mean(replica, [tf.reduce_mean(wide, [0, 1, 2]), tf.reduce_mean(wide**2, [0, 1, 2])])
-        variance = tf.maximum(second - first**2, 0.0)
-        scale = tf.convert_to_tensor(self.gamma) * tf.math.rsqrt(variance + self.epsilon)
-        y = tf.cast(wide * scale + (tf.convert_to_tensor(self.beta) - first * scale), x.dtype)
-        count = tf.cast(tf.size(x) // x.shape[-1] * replica.count, tf.float32)
-        return y, (first, variance * count / tf.maximum(count - 1, 1))
+            first, second = mean(replica, self._powers(x))
+        return self._by_powers(x, first, second, tf.size(x) * replica.count)
 
 
 @keras.saving.register_keras_serializable("moco")

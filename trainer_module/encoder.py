@@ -13,6 +13,7 @@ import keras
 import numpy as np
 
 from trainer_module.batch_norm import FusedBatchNormalization
+from trainer_module.column_pairs import Convolution, StemConvolution, StemPooling
 from trainer_module.config import EncoderConfig, Head, Precision, Stem
 from trainer_module.keras_models import keras_features
 
@@ -79,11 +80,19 @@ class _Layers:
             int(np.random.SeedSequence((seed, i)).generate_state(1)[0] >> 1) for i in itertools.count()
         )
 
-    def conv(self, x: keras.KerasTensor, filters: int, kernel: int, stride: int, name: str) -> keras.KerasTensor:
+    def conv(
+        self,
+        x: keras.KerasTensor,
+        filters: int,
+        kernel: int,
+        stride: int,
+        name: str,
+        layer: type[Convolution] = Convolution,
+    ) -> keras.KerasTensor:
         if stride > 1 and kernel > 1:
             # "same" would pad a strided convolution at the end first; torchvision pads both sides alike.
             x = keras.layers.ZeroPadding2D(_padding(x, kernel, stride), name=name + ".pad", dtype=self.dtype)(x)
-        return keras.layers.Conv2D(
+        return layer(
             filters,
             kernel,
             strides=stride,
@@ -124,14 +133,13 @@ def _resnet(layers: _Layers, image: keras.KerasTensor, config: EncoderConfig) ->
 
 
 def _stem(layers: _Layers, image: keras.KerasTensor, config: EncoderConfig) -> keras.KerasTensor:
-    kernel, stride = (7, 2) if config.stem is Stem.imagenet else (3, 1)
-    x = layers.conv(image, config.width, kernel, stride, "conv1")
+    if config.stem is not Stem.imagenet:
+        x = layers.conv(image, config.width, 3, 1, "conv1", StemConvolution)
+        return layers.relu(layers.norm(x, "bn1"), "relu")
+    x = layers.conv(image, config.width, 7, 2, "conv1", StemConvolution)
     x = layers.relu(layers.norm(x, "bn1"), "relu")
-    if config.stem is Stem.imagenet:
-        # Zeros are safe padding for the maximum, since the activations are not negative.
-        x = keras.layers.ZeroPadding2D(_padding(x, 3, 2), name="maxpool.pad", dtype=layers.dtype)(x)
-        x = keras.layers.MaxPooling2D(3, strides=2, name="maxpool", dtype=layers.dtype)(x)
-    return x
+    # Zeros are safe padding for the maximum, since the activations are not negative.
+    return StemPooling(*_padding(x, 3, 2)[0], name="maxpool", dtype=layers.dtype)(x)
 
 
 def _padding(x: keras.KerasTensor, kernel: int, stride: int) -> tuple[tuple[int, int], ...]:

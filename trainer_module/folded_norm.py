@@ -12,7 +12,8 @@ from collections.abc import Callable
 
 import tensorflow as tf
 
-from trainer_module.replica import TpuCollectives, entered_replica
+from trainer_module.column_pairs import by_channel, for_columns, kernel_of_pairs
+from trainer_module.replica import on_tpu
 
 Moments = tuple[tf.Tensor, tf.Tensor]
 _WIDENS = 4  # C / K from which on it pays: there the products with x itself cost a quarter of the convolution
@@ -23,7 +24,7 @@ def widening_convolution(y: tf.Tensor) -> tf.Operation | None:
 
     Elsewhere there is none: CPUs and GPUs have fused kernels for batch normalisation, and caches.
     """
-    if not isinstance(entered_replica(), TpuCollectives) or y.op.type != "Conv2D":
+    if not on_tpu() or y.op.type != "Conv2D":
         return None
     (x, kernel), strides = y.op.inputs, y.op.get_attr("strides")
     plain = x.shape[1:3] == y.shape[1:3] and strides == [1, 1, 1, 1]
@@ -36,22 +37,28 @@ def convolved_and_normalized(
     """Convolves and normalises with the batch's own statistics.
 
     Args:
-        x: [n, H, W, K].
-        kernel: [1, 1, K, C] of x's type.
+        x: [n, H, W, K], or pairs of columns, [n, H, W / 2, 2 K].
+        kernel: [1, 1, K, C] of x's type, or of pairs.
         gamma, beta: float32[C].
         epsilon: added to the variance.
 
     Returns:
-        [n, H, W, C] of x's type, and the mean and the unbiased variance of what is normalised, float32[C].
+        [n, H, W, C] of x's type or pairs, and the mean and the unbiased variance of what is normalised, float32[C].
     """
-    count = tf.cast(tf.size(x) // x.shape[3], tf.float32)
-    weights = tf.cast(kernel[0, 0], tf.float32)  # KxC
-    mean_x = tf.reduce_mean(tf.cast(x, tf.float32), [0, 1, 2])  # K
-    covariance = _second_moments(x) / count - mean_x[:, tf.newaxis] * mean_x  # KxK
+    channels = x.shape[3] * gamma.shape[0] // kernel.shape[3]
+    columns = x.shape[3] // channels
+    count = tf.cast(tf.size(x) // channels, tf.float32)
+    weights = tf.cast(kernel[0, 0, :channels, : gamma.shape[0]], tf.float32)  # KxC
+    mean_x = by_channel(tf.reduce_mean(tf.cast(x, tf.float32), [0, 1, 2]), channels)  # K
+    products = tf.reshape(_second_moments(x), [columns, channels, columns, channels])
+    products = tf.add_n([products[i, :, i] for i in range(columns)])  # of a column with itself
+    covariance = products / count - mean_x[:, tf.newaxis] * mean_x  # KxK
     mean = tf.linalg.matvec(weights, mean_x, transpose_a=True)  # C
     variance = tf.maximum(tf.reduce_sum(weights * tf.matmul(covariance, weights), 0), 0.0)  # C
     scale = gamma * tf.math.rsqrt(variance + epsilon)
-    y = tf.cast(_pointwise(x, tf.cast(weights * scale, x.dtype)), tf.float32) + (beta - mean * scale)
+    folded = tf.cast(weights * scale, x.dtype)[tf.newaxis, tf.newaxis]
+    y = tf.nn.conv2d(x, kernel_of_pairs(folded) if columns > 1 else folded, 1, "VALID")
+    y = tf.cast(y, tf.float32) + for_columns(beta - mean * scale, y)
     return tf.cast(y, x.dtype), (mean, variance * count / tf.maximum(count - 1, 1))
 
 

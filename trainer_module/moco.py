@@ -12,7 +12,7 @@ import keras
 import tensorflow as tf
 
 from trainer_module.key_queue import enqueue
-from trainer_module.replica import Replica, SingleReplica, entered, mean
+from trainer_module.replica import Replica, SingleReplica, entered, mean, one_after_the_other
 from trainer_module.shuffle import KeyEncoding, Memory
 
 Tensors = list[tf.Tensor]
@@ -133,6 +133,7 @@ class MoCo:
         memory = Memory(state.key_stats, state.query_stats, state.ring)
         keys = self.encode_keys(f_k, x_k, replica, seed, memory)
         k = tf.stop_gradient(keys.own)  # NxC
+        k, x_q = one_after_the_other(k, x_q)
 
         with tf.GradientTape() as tape:
             tape.watch(state.query)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import tensorflow as tf
+from tensorflow.compiler.tf2xla.ops import gen_xla_ops
 
 
 class Replica(Protocol):
@@ -163,6 +164,22 @@ def entered(replica: Replica) -> Iterator[None]:
 def entered_replica() -> Replica:
     """The replica of the step that is being traced; a single one outside of any."""
     return _CURRENT.get(SingleReplica())
+
+
+def on_tpu() -> bool:
+    """Whether the step that is being traced is a TPU core's."""
+    return isinstance(entered_replica(), TpuCollectives)
+
+
+def one_after_the_other(done: tf.Tensor, begun: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    """Both tensors; on a TPU what uses the second is computed when the first is there.
+
+    Left to itself the compiler computes two networks by turns, and then the activations of neither stay near the core.
+    """
+    if not on_tpu():
+        return done, begun
+    first, second = gen_xla_ops.xla_optimization_barrier(input=[done, begun])
+    return first, second
 
 
 def current_replica(strategy: tf.distribute.Strategy) -> Replica:

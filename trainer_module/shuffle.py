@@ -11,7 +11,7 @@ import tensorflow as tf
 
 from trainer_module.config import KeyBnConfig, KeyBnMode, recommended
 from trainer_module.key_queue import draw, record
-from trainer_module.replica import Replica, gather, mean, own_rows
+from trainer_module.replica import Replica, gather, mean, on_tpu, own_rows
 
 Stats = list[tf.Tensor]
 
@@ -90,7 +90,7 @@ def all_to_all(f_k: KeyEncoder, x_k: tf.Tensor, replica: Replica, seed: tf.Tenso
     with tf.name_scope("key_shuffle"):
         orders = _permutations(seed, [2, count, n])
         leaving, arriving = orders[0], tf.gather(orders[1], replica.index)  # Rxn of all replicas, n of this one
-        sent = pack_pixels(tf.gather(x_k, tf.gather(leaving, replica.index)))
+        sent = tf.gather(pack_pixels(x_k), tf.gather(leaving, replica.index))
         blocks = tf.reshape(sent, [count, n // count, sent.shape[1]])
         received = tf.gather(tf.reshape(replica.all_to_all(blocks), sent.shape), arriving)
         # Block j of what arrives is the block of replica j's order that was meant for this replica.
@@ -167,7 +167,8 @@ def split(f_k: KeyEncoder, x_k: tf.Tensor, replica: Replica, seed: tf.Tensor, me
     n = x_k.shape[0]
     with tf.name_scope("key_shuffle"):
         perm = permutation(seed, n)
-        shuffled = tf.gather(x_k, perm)
+        # A TPU pads an image's three channels to 128 wherever rows are gathered.
+        shuffled = unpack_pixels(tf.gather(pack_pixels(x_k), perm), x_k.shape) if on_tpu() else tf.gather(x_k, perm)
     return _encode_in_place(f_k, shuffled, replica.index * n + perm, replica, memory)
 
 
