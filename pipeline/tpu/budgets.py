@@ -26,11 +26,12 @@ _BATCH, _SIZE, _QUEUE, _DIM = 32, 16, 1024, 128  # images a core
 
 
 def programs() -> dict[str, Request]:
-    """The programs by name: each key-BN mode as it trains on a TPU, in bfloat16; then float32; a bottleneck."""
+    """The programs by name: each key-BN mode as it trains on a TPU, in bfloat16; then float32; a bottleneck; a stem."""
     modes = {mode.name: _program(mode) for mode in KeyBnMode}
     others = {
         "cross_replica_sum float32": _program(KeyBnMode.cross_replica_sum, Precision.float32),
         "all_to_all bottleneck": _program(KeyBnMode.all_to_all, encoder="bottleneck"),
+        "all_to_all stem": _program(KeyBnMode.all_to_all, encoder="stem"),
     }
     return {**modes, **others}
 

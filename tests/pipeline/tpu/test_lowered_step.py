@@ -31,7 +31,9 @@ STEPS, BATCH, SIDE, QUEUE, DIM = 3, 64, 8, 160, 12  # the third batch wraps roun
 GROUPS, RING, SEED = 2, 2, 7
 TOLERANCE = 1e-4
 ENCODER = EncoderConfig(name="pipeline.tpu.small_encoder.two_convolutions", head=Head.v1, dim=DIM)
-BOTTLENECK = dataclasses.replace(ENCODER, name="pipeline.tpu.small_encoder.bottleneck")
+BOTTLENECK, STEM = (
+    dataclasses.replace(ENCODER, name=f"pipeline.tpu.small_encoder.{name}") for name in ("bottleneck", "stem")
+)
 
 
 def train_config(mode, replicas):
@@ -283,11 +285,11 @@ def assert_equal(got, expected):
 MODES = list(KeyBnMode)
 
 
-# Tracing eight replicas takes the driver ten seconds, so it does that for the modes that move images only.
-WITH_THE_TRAINER = [(mode, 2) for mode in MODES] + [(mode, r) for mode in MODES[:3] for r in (4, 8)]
+# `auto` is another mode's program; once is enough to see that it is one.
+SIZES = [(mode, r) for mode in MODES for r in (2, 4, 8) if mode is not KeyBnMode.auto or r == 2]
 
 
-@pytest.mark.parametrize(("mode", "replicas"), WITH_THE_TRAINER, ids=lambda value: getattr(value, "name", value))
+@pytest.mark.parametrize(("mode", "replicas"), SIZES, ids=lambda value: getattr(value, "name", value))
 def test_the_lowered_step_is_the_trainer_s_tensor_by_tensor(mode, replicas, views, lowered_steps):
     pending = lowered_steps(mode, replicas)
     trained = driver_steps(mode, replicas, views)
@@ -296,20 +298,23 @@ def test_the_lowered_step_is_the_trainer_s_tensor_by_tensor(mode, replicas, view
     assert_equal(results, trained)
 
 
-@pytest.mark.parametrize("mode", [KeyBnMode.all_to_all, KeyBnMode.stored], ids=lambda mode: mode.name)
-def test_where_normalisations_are_folded_into_convolutions_it_is_the_trainer_s_too(mode, views, lowered_steps):
-    pending = lowered_steps(mode, 2, encoder=BOTTLENECK)
-    trained = driver_steps(mode, 2, views, BOTTLENECK)
+# A TPU computes these in another form: normalisations folded into convolutions, pairs of columns.
+ANOTHER_FORM = [
+    *((BOTTLENECK, mode) for mode in (KeyBnMode.all_to_all, KeyBnMode.stored)),
+    *((STEM, mode) for mode in (KeyBnMode.all_to_all, KeyBnMode.stored, KeyBnMode.sync, KeyBnMode.split)),
+]
+
+
+@pytest.mark.parametrize(("encoder", "mode"), ANOTHER_FORM, ids=lambda value: value.name.rpartition(".")[2])
+def test_where_a_tpu_computes_in_another_form_it_is_the_trainer_s_too(encoder, mode, views, lowered_steps):
+    pending = lowered_steps(mode, 2, encoder=encoder)
+    trained = driver_steps(mode, 2, views, encoder)
     results, differ = pending.result()
     assert_equal(results, trained)
     assert not differ, "the cores' states part"
 
 
-# `auto` is another mode's program; once is enough to see that it is one.
-ALONE = [(mode, r) for mode in MODES for r in (2, 4, 8) if mode is not KeyBnMode.auto or r == 2]
-
-
-@pytest.mark.parametrize(("mode", "replicas"), ALONE, ids=lambda value: getattr(value, "name", value))
+@pytest.mark.parametrize(("mode", "replicas"), SIZES, ids=lambda value: getattr(value, "name", value))
 def test_the_lowered_step_is_the_reference_s_tensor_by_tensor(mode, replicas, views, lowered_steps):
     pending = lowered_steps(mode, replicas)
     expected = reference_steps(mode, replicas, views)
