@@ -7,6 +7,7 @@ import tensorflow as tf
 
 from trainer_module import lines
 from trainer_module.batch_norm import FusedBatchNormalization, SplitBatchNormalization
+from trainer_module.column_pairs import kernel_of_pairs
 from trainer_module.folded_norm import convolved_and_normalized
 from trainer_module.lowering import LoweredReplica
 from trainer_module.replica import SingleReplica, entered
@@ -72,6 +73,22 @@ def test_float32_is_exact_to_rounding_as_the_fused_form_is(offset, limit):
     for form in (folded, fused):
         off = errors(results(form, given, weight), wanted)
         assert max(off.values()) < limit, (form, off)
+
+
+def test_pairs_of_columns_are_normalised_as_columns_are():
+    """[n, H, W, K] as [n, H, W / 2, 2 K], with a kernel of pairs; results come back as columns."""
+    given, weight = arguments(tf.float32)
+    x, *rest = given
+    x, weight = x[:, :, :4], weight[:, :, :4]
+
+    def paired(x, kernel, gamma, beta):
+        pairs = tf.reshape(x, [4, 7, 2, 2 * NARROW])
+        y, moments = convolved_and_normalized(pairs, kernel_of_pairs(kernel), gamma, beta, EPSILON)
+        return tf.reshape(y, [4, 7, 4, WIDE]), *moments
+
+    wanted = results(exact, [x, *rest], weight)
+    off = errors(results(paired, [x, *rest], weight), wanted)
+    assert max(off.values()) < 2e-6, off
 
 
 # Far from zero gradients are what is left of larger terms, each of which the XLA of TensorFlow 2.21 may round.
