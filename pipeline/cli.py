@@ -949,6 +949,8 @@ def _tpu_report(options: argparse.Namespace) -> int:
 
     if options.batch_per_core is not None and options.batch_per_core < 1:
         raise UserError(f"--batch-per-core {options.batch_per_core}: must be at least 1")
+    if options.check_budgets or options.write_budgets:
+        _refuse_beside_budgets(options)
     topologies = [chips.parse_topology(text) for text in dict.fromkeys(options.topology or ["v5e:2x4"])]
     report.check_file(options.json)
     settings = config.load(options.config, options.overrides)
@@ -961,6 +963,20 @@ def _tpu_report(options: argparse.Namespace) -> int:
             return FAILED if budgets.check() else DONE
         compiles = report.run(settings, topologies, options.batch_per_core, options.fit, options.json)
     return DONE if compiles else FAILED
+
+
+def _refuse_beside_budgets(options: argparse.Namespace) -> None:
+    asked, rest = ("--write-budgets", "--check-budgets") if options.write_budgets else ("--check-budgets", "")
+    others = {
+        rest: options.check_budgets and rest,
+        "--set": options.overrides,
+        "--topology": options.topology,
+        "--batch-per-core": options.batch_per_core,
+        "--fit": options.fit,
+        "--json": options.json,
+    }
+    if given := next((name for name, value in others.items() if value), None):
+        raise UserError(f"{asked} compiles programs of its own and has no use for {given}; leave one of them out")
 
 
 def _test_processes() -> int:

@@ -176,6 +176,9 @@ def test_help_and_refusals_import_nothing_heavy(arguments):
         (["tpu-report", "--topology", "v9:2x2"], ["v9:2x2", "no such TPU slice", "v5e:2x4"]),
         (["tpu-report", "--batch-per-core", "0"], ["--batch-per-core 0", "at least 1"]),
         (["tpu-report", "--batch-per-core", "many"], ["--batch-per-core", "many"]),
+        (["tpu-report", "--check-budgets", "--fit"], ["--check-budgets", "--fit", "leave one"]),
+        (["tpu-report", "--write-budgets", "--topology", "v5e:4x4"], ["--write-budgets", "--topology"]),
+        (["tpu-report", "--write-budgets", "--check-budgets"], ["--write-budgets", "for --check-budgets"]),
         (["tpu-report", "--config", "moco_v3"], ["--config moco_v3", "moco_v2"]),
         (["tpu-report", "--json", "/nowhere/x.json"], ["--json /nowhere/x.json", "does not exist"]),
         (
